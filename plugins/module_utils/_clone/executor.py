@@ -1,0 +1,302 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Carrying out a plan: lock, judge again, stage, fill, publish, and tell libvirt.
+
+Promise: killed anywhere, the target is absent (or the old one) or complete; any error leaves it so too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import typing as t
+from contextlib import closing
+from dataclasses import dataclass
+
+from .. import _xml
+from .._deadline import Deadline
+from .._errors import CloneError, from_os_error
+from .._images import probe, qemu_img
+from .._images.qemu_img import Layer
+from .._pools.libvirt import LibvirtPool
+from .._transfer import file_copy, guards, locks, staging
+from . import planner, result
+from .facts import Scene
+from .planner import Create, Facts, Grow, Ownership, Plan, SetPermissions
+from .request import Request
+
+# Each round means that another host or user published the name after we had looked; then it exists and is judged.
+_ROUNDS = 5
+
+
+@dataclass
+class Transfer:
+    """How the data got there: ``reflink``, ``copy``, ``convert`` or ``libvirt``, and why nothing better served."""
+
+    name: str
+    fallback_reason: t.Optional[str] = None
+
+
+def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
+    """Do what the request states, or in check mode say what would be done. Returns the module's result.
+
+    :raises CloneError: on refusal or failure
+    """
+    started = time.monotonic()
+    deadline = Deadline(request.timeout, "timeout")
+    with closing(Scene(request, check_mode)) as scene:
+        facts, plan = _judge(scene)
+        transfer: t.Optional[Transfer] = None
+        if not check_mode:
+            if plan.steps:
+                facts, plan, transfer = _change(scene, facts, deadline)
+            if plan.steps or not scene.pool.lists(facts.name):
+                scene.pool.refresh(Deadline(request.lock_timeout, "lock_timeout"))
+        return result.build(scene, facts, plan, transfer, time.monotonic() - started)
+
+
+def _judge(scene: Scene) -> t.Tuple[Facts, Plan]:
+    facts = scene.gather()
+    while True:
+        try:
+            return facts, planner.plan(scene.request, facts)
+        except planner.Unanswered as asked:
+            facts = scene.answer(asked, facts)
+
+
+def _change(scene: Scene, facts: Facts, deadline: Deadline) -> t.Tuple[Facts, Plan, t.Optional[Transfer]]:
+    request = scene.request
+    target = locks.key(os.fstat(scene.pool.fd), facts.name)
+    sources = [
+        locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers
+    ]
+    waiting = Deadline(request.lock_timeout, "lock_timeout")
+    with locks.Locks(sources, [target], waiting, f"waiting for another run to finish volume {facts.name!r}"):
+        for _round in range(_ROUNDS):
+            # What another run did while we waited for the lock counts.
+            facts, plan = _judge(scene)
+            if facts.source_writers and any(isinstance(step, Create) for step in plan.steps):
+                _wait_for_source(scene, deadline)
+                continue
+            try:
+                transfer = None
+                for step in plan.steps:
+                    done = _carry_out(scene, facts, step, deadline)
+                    transfer = done or transfer
+                return facts, plan, transfer
+            except FileExistsError:
+                continue
+            except OSError as exc:
+                raise from_os_error(exc, f"making volume {facts.name!r} of pool {request.pool!r}") from exc
+    raise CloneError("STORAGE_VOL_EXIST", f"volume {facts.name!r} of pool {request.pool!r} comes and goes while it is made")
+
+
+def _wait_for_source(scene: Scene, deadline: Deadline) -> None:
+    deadline.wait_for(
+        lambda: not any(guards.writers(image.fd) for image in scene.layers),
+        f"waiting for the writers of {scene.layers[0].what}",
+    )
+
+
+def _carry_out(scene: Scene, facts: Facts, step: planner.Step, deadline: Deadline) -> t.Optional[Transfer]:
+    if isinstance(step, Create):
+        return _create_by_libvirt(scene, facts, step, deadline) if step.route == "libvirt" else _create(scene, facts, step, deadline)
+    if isinstance(step, Grow):
+        _grow_in_place(scene, facts, step, deadline)
+    else:
+        _set_permissions(scene, facts, step)
+    return None
+
+
+# --- a new volume -------------------------------------------------------------------------------------------------------
+
+
+def _create(scene: Scene, facts: Facts, step: Create, deadline: Deadline) -> Transfer:
+    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    held = [(image.fd, image.what) for image in scene.layers]
+    with guards.Hold(held) as hold, staging.Staging(scene.pool.fd) as staged:
+
+        def watch() -> None:
+            deadline.check(f"making {what}")
+            hold.check()
+
+        try:
+            fill = _copy if step.route == "copy" else _convert
+            transfer = fill(scene, step, staged.fd, what, watch)
+            _expect_capacity(staged.fd, step, what)
+            staged.own(*_ownership(step.owner))
+            watch()
+            hold.finish()
+            staged.publish(facts.name, step.replaces)
+        except FileExistsError:
+            raise
+        except OSError as exc:
+            raise file_copy.failed(exc, f"writing {what}", scene.pool.available, scene.space_needed(step)) from exc
+    return transfer
+
+
+def _ownership(owner: Ownership) -> t.Tuple[int, int, int, t.Optional[str]]:
+    return t.cast(int, owner.uid), t.cast(int, owner.gid), t.cast(int, owner.mode), owner.label
+
+
+def _copy(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> Transfer:
+    """The file as it is, then grown: keeps snapshots, bitmaps and compressed clusters."""
+    source = scene.layers[0]
+    method = scene.request.method
+    _match_nocow(source.fd, target, step.nocow)
+    if method == "copy":
+        reason: t.Optional[str] = "method is copy"
+    elif source.block:
+        reason = "the source is a block device"
+    else:
+        reason = file_copy.share(source.fd, target)
+    if reason is not None:
+        if method == "reflink":
+            raise CloneError("NO_SUPPORT", f"method=reflink is not possible for {what}: {reason}")
+        missing = scene.space_needed(step) - scene.pool.available()
+        if missing > 0:
+            raise CloneError("NO_SPACE", f"writing {what} needs {missing} bytes more than are free in the pool")
+        length = guards.length(source.fd)
+        if source.image.format == "raw":
+            length = min(length, step.capacity)
+        file_copy.copy(source.fd, target, length, watch)
+    if step.format == "raw":
+        os.ftruncate(target, step.capacity)
+        file_copy.preallocate(target, 0, step.capacity, step.preallocation)
+    elif step.capacity > source.image.capacity:
+        _grow_image(scene, source.image, target, step.capacity, step.preallocation, what, watch)
+    return Transfer("copy" if reason else "reflink", reason if method != "copy" else None)
+
+
+def _match_nocow(source: int, target: int, stated: t.Optional[bool]) -> None:
+    """btrfs shares blocks only between files that are both, or both not, exempt from copy-on-write."""
+    if stated is not None:
+        staging.set_nocow(target, stated)
+        return
+    try:
+        staging.set_nocow(target, staging.is_nocow(source))
+    except CloneError:
+        # Another file system than the source's: nothing to share there anyway.
+        pass
+
+
+def _convert(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> Transfer:
+    """Another format, other options, or a chain that becomes one image: written by qemu-img."""
+    source = scene.layers[0].image
+    layers = [image.layer for image in scene.layers]
+    if step.capacity < source.capacity:
+        # Only raw sources are shrunk, and only where nothing but zeros is cut off.
+        layers = [Layer(layers[0].fd, "raw", layers[0].block, probe.round_capacity(step.format, step.capacity))]
+    if step.nocow is not None:
+        staging.set_nocow(target, step.nocow)
+    into = Layer(target, step.format)
+    options = qemu_img.creation_options(step.format, step.qcow2, step.preallocation)
+    names = {image.fd: image.what for image in scene.layers}
+    names[target] = what
+    same_capacity = step.capacity == probe.round_capacity(step.format, min(source.capacity, step.capacity))
+    if step.format == "raw":
+        # Made by us: qemu-img would leave an extent size hint of 1 MiB behind on XFS, which fills small holes.
+        os.ftruncate(target, step.capacity)
+        file_copy.preallocate(target, 0, step.capacity, step.preallocation)
+    elif not same_capacity:
+        scene.qemu.run(qemu_img.create(into, options, step.capacity), {target: what}, f"making {what}", watch)
+    exists = step.format == "raw" or not same_capacity
+    doing = f"converting {scene.layers[0].what}"
+    limit = step.capacity + step.capacity // 4 + (128 << 20)
+    scene.qemu.run(qemu_img.convert(layers, into, options, exists), names, doing, watch, file_limit=limit)
+    if step.format == "raw":
+        os.ftruncate(target, step.capacity)
+    return Transfer("convert", f"{'flattening' if len(scene.layers) > 1 else 'a conversion'} writes new blocks")
+
+
+def _expect_capacity(target: int, step: Create, what: str) -> None:
+    """The last look before a volume gets its name; only where it costs one small read."""
+    size = os.fstat(target).st_size
+    if step.format == "raw":
+        capacity = size
+    elif step.format == "qcow2":
+        capacity = probe.read_qcow2(target, size, what).capacity
+    else:
+        return
+    if capacity != step.capacity:
+        raise CloneError("IO_ERROR", f"{what} came out with a capacity of {capacity} bytes instead of {step.capacity}")
+
+
+def _grow_image(
+    scene: Scene, image: probe.Image, target: int, capacity: int, preallocation: str, what: str, watch: t.Callable[[], None]
+) -> None:
+    into = Layer(target, image.format)
+    if image.qcow2 is not None and image.qcow2.compat == "0.10" and image.snapshots:
+        # qemu-img cannot resize a version 2 image that has snapshots: they do not record their own size.
+        scene.qemu.run(qemu_img.amend_compat(into), {target: what}, f"amending {what}", watch)
+    scene.qemu.run(qemu_img.resize(into, capacity, preallocation), {target: what}, f"growing {what}", watch)
+
+
+def _create_by_libvirt(scene: Scene, facts: Facts, step: Create, deadline: Deadline) -> Transfer:
+    """libvirt's own call. Cross-pool calls go one at a time: two in opposite directions hang the daemon."""
+    pool, source_pool = t.cast(LibvirtPool, scene.pool), t.cast(LibvirtPool, scene.source_pool)
+    if step.replaces:
+        raise CloneError("NO_SUPPORT", f"method=libvirt cannot replace volume {facts.name!r}: it would be gone if the clone fails")
+    features = step.qcow2
+    document = _xml.volume_xml(
+        name=facts.name,
+        capacity=step.capacity,
+        format=step.format,
+        mode=step.owner.mode,
+        owner=step.owner.uid,
+        group=step.owner.gid,
+        compat=features.compat if features else None,
+        cluster_size=features.cluster_size if features else None,
+        lazy_refcounts=features.lazy_refcounts if features else None,
+        extended_l2=features.extended_l2 if features else None,
+        nocow=step.nocow,
+    )
+    flags = 1 if step.preallocation == "metadata" else 0  # VIR_STORAGE_VOL_CREATE_PREALLOC_METADATA
+    one_at_a_time = [] if pool.name == source_pool.name else ["libvirt-clone"]
+    waiting = Deadline(scene.request.lock_timeout, "lock_timeout")
+    with locks.Locks([], one_at_a_time, waiting, "waiting for another clone by libvirt"):
+        deadline.check("waiting for libvirt")
+        try:
+            pool.clone(document, source_pool, t.cast(str, facts.source.name), flags, step.capacity, waiting)
+        except CloneError as exc:
+            if exc.code == "STORAGE_VOL_EXIST":
+                raise FileExistsError from exc
+            raise
+    return Transfer("libvirt")
+
+
+# --- a volume that exists -----------------------------------------------------------------------------------------------
+
+
+def _grow_in_place(scene: Scene, facts: Facts, step: Grow, deadline: Deadline) -> None:
+    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    image = t.cast(probe.Image, facts.target.image)
+    fd = os.open(facts.name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=scene.pool.fd)
+    try:
+        if not os.path.samestat(os.fstat(fd), os.fstat(scene.target_fd)):
+            raise CloneError("IN_USE", f"{what} was replaced while it was looked at")
+        if step.format == "raw":
+            os.ftruncate(fd, step.capacity)
+            file_copy.preallocate(fd, image.capacity, step.capacity, step.preallocation)
+        else:
+            _grow_image(scene, image, fd, step.capacity, step.preallocation, what, lambda: deadline.check(f"growing {what}"))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _set_permissions(scene: Scene, facts: Facts, step: SetPermissions) -> None:
+    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    owner, fd = step.owner, scene.target_fd
+    try:
+        if owner.uid is not None or owner.gid is not None:
+            os.fchown(fd, -1 if owner.uid is None else owner.uid, -1 if owner.gid is None else owner.gid)
+        if owner.mode is not None:
+            os.fchmod(fd, owner.mode)
+        if owner.label is not None:
+            staging.set_label(fd, owner.label)
+        os.fsync(fd)
+    except OSError as exc:
+        raise from_os_error(exc, f"setting the permissions of {what}") from exc

@@ -1,0 +1,445 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Looking at the world: pools, the source and everything below it, the target. Changes nothing.
+
+Files are opened once and stay open until the end of the task, and everything is read through those descriptors, by qemu-img
+too. What was judged is what is cloned, whatever happens to names in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import stat
+import time
+import typing as t
+from dataclasses import dataclass, replace
+
+from .. import _xml
+from .._errors import CloneError, from_os_error
+from .._images import probe, qemu_img
+from .._images.probe import Image
+from .._images.qemu_img import Layer, QemuImg
+from .._pools.directory import DirectoryPool, kind_of
+from .._pools.libvirt import Connection, LibvirtPool
+from .._transfer import file_copy, guards, staging
+from .planner import Create, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
+from .request import Request, made_up_name
+
+#: More images below a source than this are refused.
+MAX_DEPTH = 64
+# File systems that never share blocks between files (statfs(2)): a copy will need its whole size.
+_NEVER_SHARE = (0xEF53, 0x01021994)
+# Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment.
+_MOMENT = 1.0
+
+
+@dataclass
+class OpenImage:
+    """One layer of the source. ``what`` names it in messages."""
+
+    fd: int
+    what: str
+    path: str
+    image: Image
+    block: bool
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(self.fd, self.image.format, self.block)
+
+
+class Scene:
+    """What one clone has to do with. Open it, :meth:`gather`, :meth:`answer` what the planner asks, and close it."""
+
+    def __init__(self, request: Request, check_mode: bool) -> None:
+        self.request = request
+        self.check_mode = check_mode
+        self.qemu = QemuImg()
+        self.layers: t.List[OpenImage] = []
+        self.target_fd = -1
+        self._connection = Connection(request.uri)
+        self._pools: t.Dict[str, DirectoryPool] = {}
+        self._missing: t.Dict[str, str] = {}
+
+    def close(self) -> None:
+        self._close_files()
+        for pool in self._pools.values():
+            pool.close()
+        self._connection.close()
+
+    def _close_files(self) -> None:
+        while self.layers:
+            os.close(self.layers.pop().fd)
+        if self.target_fd >= 0:
+            os.close(self.target_fd)
+            self.target_fd = -1
+
+    # --- pools ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> DirectoryPool:
+        return self._pools[self.request.pool]
+
+    @property
+    def source_pool(self) -> DirectoryPool:
+        return self._pools[self.request.effective_source_pool]
+
+    def _open_pool(self, name: str) -> None:
+        """Open a pool, or in a check run remember why it is not there: an earlier task may be about to make it."""
+        if name in self._pools or name in self._missing:
+            return
+        try:
+            pool = DirectoryPool(name, name) if os.path.isabs(name) else self._connection.pool(name)
+            if isinstance(pool, LibvirtPool) and not pool.is_active():
+                raise CloneError("OPERATION_INVALID", f"pool {name!r} is not active")
+            pool.fd  # pylint: disable=pointless-statement
+        except CloneError as exc:
+            if self.check_mode and exc.code in ("NO_STORAGE_POOL", "OPERATION_INVALID"):
+                self._missing[name] = exc.msg
+                return
+            raise
+        self._pools[name] = pool
+
+    # --- facts ----------------------------------------------------------------------------------------------------------
+
+    def gather(self) -> Facts:
+        """The facts that every plan needs."""
+        request = self.request
+        self._close_files()
+        self._open_pool(request.pool)
+        if request.source is not None or request.source_pool is not None:
+            self._open_pool(request.effective_source_pool)
+        source = self._source()
+        name = request.name or made_up_name(
+            request.source_name, target_format(request, source.image), source.image.format if source.image else None
+        )
+        pool = self._pools.get(request.pool)
+        if pool is None:
+            facts = PoolFacts(request.pool, "unknown", None, self._missing[request.pool])
+            return self._with_user(Facts(facts, source, TargetFacts(), name, self.check_mode))
+        facts = PoolFacts(pool.name, pool.type, pool.path)
+        label = _default_label(pool.path_of(name))
+        return self._with_user(
+            Facts(facts, source, self._target(pool, name, source), name, self.check_mode, default_label=label)
+        )
+
+    @staticmethod
+    def _with_user(facts: Facts) -> Facts:
+        return replace(facts, uid=os.geteuid(), gid=os.getegid(), groups=tuple(os.getgroups()))
+
+    def _source(self) -> SourceFacts:
+        request = self.request
+        if request.source_path is not None:
+            facts = SourceFacts(f"source_path {request.source_path!r}", request.source_path)
+            return self._open_source(facts, os.path.realpath(request.source_path), None)
+        name, pool_name = t.cast(str, request.source), request.effective_source_pool
+        facts = SourceFacts(f"volume {name!r} of pool {pool_name!r}", name, pool_name, name)
+        pool = self._pools.get(pool_name)
+        if pool is None:
+            return replace(facts, gone=self._missing[pool_name])
+        facts = replace(facts, path=pool.path_of(name))
+        status = pool.lstat(name)
+        path = facts.path
+        if status is not None and stat.S_ISLNK(status.st_mode):
+            path = os.path.realpath(path)
+            if os.path.lexists(path):
+                self._refuse_outside(path, f"{facts.what} is a symbolic link to {path!r}")
+        return self._open_source(facts, path, pool)
+
+    def _open_source(self, facts: SourceFacts, path: str, pool: t.Optional[DirectoryPool]) -> SourceFacts:
+        try:
+            fd, block = _open_image(path, facts.what)
+        except FileNotFoundError:
+            return replace(facts, gone=f"{facts.what} does not exist")
+        except CloneError as exc:
+            described = self._described_by_libvirt(facts) if exc.code == "OPERATION_DENIED" else None
+            if described is None:
+                raise
+            return described
+        image = self._add_layer(fd, facts.what, path, block, self.request.source_format)
+        depth = self._open_chain()
+        status = os.fstat(fd)
+        return replace(
+            facts,
+            image=image,
+            identity=_identity(status),
+            block=block,
+            depth=depth,
+            owner=(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode) & 0o777) if pool else None,
+        )
+
+    def _described_by_libvirt(self, facts: SourceFacts) -> t.Optional[SourceFacts]:
+        """With ``method: libvirt`` a user may clone what he cannot read: libvirt's word has to do."""
+        pool = self._pools.get(facts.pool or "")
+        if self.request.method != "libvirt" or not isinstance(pool, LibvirtPool):
+            return None
+        document = pool.volume_xml(t.cast(str, facts.name))
+        image = _image_from_xml(document) if document else None
+        return replace(facts, image=image, gone="" if image else f"{facts.what} does not exist")
+
+    def _add_layer(self, fd: int, what: str, path: str, block: bool, pinned: t.Optional[str]) -> Image:
+        try:
+            image = self._read_image(fd, what, block, pinned)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.layers.append(OpenImage(fd, what, path, image, block))
+        return image
+
+    def _read_image(self, fd: int, what: str, block: bool, pinned: t.Optional[str]) -> Image:
+        size = guards.length(fd)
+        found = probe.detect(fd, size)
+        # A block device is raw unless somebody says otherwise: its guest writes what it likes at its start.
+        image_format = probe.choose_format(found, pinned or ("raw" if block else None), what)
+        return self._read_as(image_format, fd, size, found, what)
+
+    def _read_as(self, image_format: str, fd: int, size: int, found: t.Sequence[str], what: str) -> Image:
+        if image_format == "raw":
+            return probe.read_raw(size, found, os.pread(fd, 8, 0))
+        if image_format == "qcow2":
+            return probe.read_qcow2(fd, size, what)
+        probe.refuse_parents(fd, image_format, what)
+        return self.qemu.read(Layer(fd, image_format), what)
+
+    def _open_chain(self) -> int:
+        """Open everything below the topmost image; returns how many layers that is."""
+        seen = {_identity(os.fstat(self.layers[0].fd))}
+        while self.layers[-1].image.backing is not None:
+            above = self.layers[-1]
+            if len(self.layers) > MAX_DEPTH:
+                raise CloneError("UNSAFE_IMAGE", f"{self.layers[0].what} has more than {MAX_DEPTH} images below it")
+            path = self._backing_path(above)
+            what = f"{path!r}, the backing store of {above.what},"
+            try:
+                fd, block = _open_image(path, what)
+            except FileNotFoundError as exc:
+                raise CloneError("NO_STORAGE_VOL", f"{what} does not exist") from exc
+            identity = _identity(os.fstat(fd))
+            if identity in seen:
+                os.close(fd)
+                raise CloneError("UNSAFE_IMAGE", f"{what} is part of a loop: it stands above itself")
+            seen.add(identity)
+            recorded = above.image.backing_format
+            if recorded is not None and recorded not in probe.FORMATS:
+                os.close(fd)
+                raise CloneError("UNSAFE_IMAGE", f"{what} is recorded with the format {recorded!r}, which is not followed")
+            if recorded is None and probe.detect(fd, guards.length(fd)):
+                os.close(fd)
+                raise CloneError(
+                    "UNSAFE_IMAGE", f"{above.what} does not record the format of its backing store: set it by qemu-img rebase -u -F"
+                )
+            image = self._add_layer(fd, what, path, block, recorded or "raw")
+            if image.unclean or image.data_file or image.encrypted:
+                raise CloneError("UNSAFE_IMAGE", f"{what} is dirty, encrypted or keeps its data in another file")
+        return len(self.layers) - 1
+
+    def _backing_path(self, above: OpenImage) -> str:
+        recorded = t.cast(str, above.image.backing)
+        head = recorded.split("/", 1)[0]
+        if not recorded or "\0" in recorded or ":" in head:
+            # qemu takes "nbd:...", "json:..." and the like for protocols.
+            raise CloneError("UNSAFE_IMAGE", f"{above.what} refers to {recorded[:200]!r}, which is not followed")
+        path = os.path.realpath(os.path.join(os.path.dirname(os.path.realpath(above.path)), recorded))
+        self._refuse_outside(path, f"{above.what} has the backing store {path!r}")
+        return path
+
+    def _refuse_outside(self, path: str, why: str) -> None:
+        if not any(pool.contains(path) for pool in self._pools.values()):
+            raise CloneError(
+                "UNSAFE_IMAGE",
+                f"{why}, outside the pools of this task; if it is meant, name {os.path.dirname(path)!r} as source_pool",
+            )
+
+    def _target(self, pool: DirectoryPool, name: str, source: SourceFacts) -> TargetFacts:
+        status = pool.lstat(name)
+        if status is None:
+            return TargetFacts()
+        followed = status
+        if stat.S_ISLNK(status.st_mode):
+            try:
+                followed = os.stat(name, dir_fd=pool.fd)
+            except OSError:
+                pass
+        facts = TargetFacts(
+            identity=_identity(followed),
+            obstacle=kind_of(status),
+            uid=status.st_uid,
+            gid=status.st_gid,
+            mode=stat.S_IMODE(status.st_mode) & 0o777,
+        )
+        if facts.obstacle or facts.identity == source.identity:
+            return facts
+        what = f"volume {name!r} of pool {pool.name!r}"
+        try:
+            self.target_fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=pool.fd)
+        except FileNotFoundError:
+            return TargetFacts()
+        except OSError as exc:
+            error = from_os_error(exc, f"opening {what}")
+            document = pool.volume_xml(name) if self.request.method == "libvirt" and isinstance(pool, LibvirtPool) else None
+            if error.code != "OPERATION_DENIED" or document is None:
+                raise error from exc
+            return replace(facts, image=_image_from_xml(document))
+        # The name may have come to mean another file since lstat.
+        status = os.fstat(self.target_fd)
+        return replace(
+            facts,
+            identity=_identity(status),
+            image=self._read_target(what, source),
+            uid=status.st_uid,
+            gid=status.st_gid,
+            mode=stat.S_IMODE(status.st_mode) & 0o777,
+            label=staging.get_label(self.target_fd),
+        )
+
+    def _read_target(self, what: str, source: SourceFacts) -> Image:
+        """A target is read as what was asked for where its bytes allow that."""
+        size = guards.length(self.target_fd)
+        found = probe.detect(self.target_fd, size)
+        wanted = target_format(self.request, source.image)
+        if wanted in found:
+            image_format = t.cast(str, wanted)
+        elif wanted == "vpc" and found == ("vpc-footer",):
+            image_format = "vpc"
+        elif not found or found[0] == "vpc-footer":
+            image_format = "raw"
+        elif wanted == "raw" and source.image is not None and source.image.format == "raw" and source.image.magic == found[0]:
+            # A raw clone of bytes that look like an image, and that the task pinned as raw.
+            image_format = "raw"
+        else:
+            image_format = found[0]
+        if image_format in ("raw", "qcow2"):
+            return self._read_as(image_format, self.target_fd, size, found, what)
+        return self.qemu.read(Layer(self.target_fd, image_format), what)
+
+    # --- what only some plans need --------------------------------------------------------------------------------------
+
+    def answer(self, asked: Unanswered, facts: Facts) -> Facts:
+        """The facts with the one that the planner asked for."""
+        answers: t.Dict[str, t.Callable[[], t.Any]] = {
+            "source_writers": self._source_writers,
+            "target_users": lambda: self._target_users(facts),
+            "data_beyond": self._data_beyond,
+            "content_equal": lambda: self._content_equal(t.cast(Image, facts.target.image)),
+            "space_missing": lambda: self._space_missing(t.cast(Create, asked.draft)),
+            "denied": self._denied,
+        }
+        return replace(facts, **{asked.question: answers[asked.question]()})
+
+    def _source_writers(self) -> str:
+        return next((who for who in map(guards.writers, (image.fd for image in self.layers)) if who), "")
+
+    def _target_users(self, facts: Facts) -> str:
+        if self.target_fd < 0:
+            return ""
+        end = time.monotonic() + _MOMENT
+        who = guards.users(self.target_fd)
+        while who and not self.check_mode and time.monotonic() < end:
+            time.sleep(0.05)
+            who = guards.users(self.target_fd)
+        return who or self.pool.users_of(self.pool.path_of(facts.name))
+
+    def _data_beyond(self) -> int:
+        topmost = self.layers[0]
+        first = file_copy.first_nonzero_block(topmost.fd, t.cast(int, self.request.capacity), topmost.image.capacity)
+        return -1 if first is None else first
+
+    def _content_equal(self, target: Image) -> bool:
+        names = {image.fd: image.what for image in self.layers}
+        names[self.target_fd] = "the target"
+        arguments = qemu_img.compare([image.layer for image in self.layers], Layer(self.target_fd, target.format))
+        return self.qemu.run(arguments, names, f"comparing with {self.layers[0].what}", accept=(0, 1))[0] == 0
+
+    def space_needed(self, step: Create) -> int:
+        """Bytes that the new volume takes where nothing is shared with the source; an estimate from above for copies."""
+        if step.preallocation in ("falloc", "full"):
+            return step.capacity
+        if not self.layers:
+            return 0
+        if step.route == "copy":
+            topmost = self.layers[0]
+            return topmost.image.capacity if topmost.block else file_copy.unshared_size(topmost.fd)
+        # Metadata of no format takes more than this share; a pool with so much to spare needs no measuring.
+        ceiling = step.capacity + step.capacity // 8 + (4 << 20)
+        if self.pool.available() >= ceiling:
+            return ceiling
+        if step.format not in ("raw", "qcow2"):
+            return sum(file_copy.unshared_size(image.fd) for image in self.layers)
+        options = qemu_img.creation_options(step.format, step.qcow2, step.preallocation)
+        arguments = qemu_img.measure([image.layer for image in self.layers], step.format, options)
+        names = {image.fd: image.what for image in self.layers}
+        out = self.qemu.run(arguments, names, f"measuring {self.layers[0].what}")[1]
+        return int(json.loads(out)["required"])
+
+    def _space_missing(self, step: Create) -> int:
+        if step.route == "libvirt" or (step.route == "copy" and self.request.method != "copy" and self._may_share()):
+            return 0
+        return max(self.space_needed(step) - self.pool.available(), 0)
+
+    def _may_share(self) -> bool:
+        """Whether a copy may turn out to take no space: known for certain only by trying, with the staged file."""
+        if not self.layers or self.layers[0].block:
+            return False
+        kinds = _file_system(self.layers[0].fd), _file_system(self.pool.fd)
+        return kinds[0] == kinds[1] and kinds[0] not in _NEVER_SHARE
+
+    def _denied(self) -> str:
+        denied = self.pool.denied()
+        if not denied and isinstance(self.pool, LibvirtPool) and self.request.method != "libvirt":
+            denied = self.pool.cannot_write()
+        return denied
+
+
+def _open_image(path: str, what: str) -> t.Tuple[int, bool]:
+    """Open a file or block device for reading: descriptor, and whether it is a block device.
+
+    :raises FileNotFoundError: for nothing there
+    """
+    try:
+        status = os.stat(path)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+            raise CloneError("INVALID_ARG", f"{what} is {kind_of(status)}, not a file or block device")
+        # Links were resolved before. By now the path could be one, or a named pipe, and opening that waits for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise FileNotFoundError from exc
+        raise from_os_error(exc, f"opening {what}") from exc
+    opened = os.fstat(fd)
+    if not (stat.S_ISREG(opened.st_mode) or stat.S_ISBLK(opened.st_mode)):
+        os.close(fd)
+        raise CloneError("INVALID_ARG", f"{what} is {kind_of(opened)}, not a file or block device")
+    return fd, stat.S_ISBLK(opened.st_mode)
+
+
+def _identity(status: os.stat_result) -> t.Tuple[int, ...]:
+    return (status.st_rdev,) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def _image_from_xml(document: str) -> Image:
+    described = _xml.parse_volume(document)
+    return Image(described.format or "raw", described.capacity or 0, described.backing_path, described.backing_format)
+
+
+def _file_system(fd: int) -> int:
+    """The file system's magic number, ``f_type`` of statfs(2), which Python's statvfs does not have."""
+    buffer = (ctypes.c_long * 32)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    return buffer[0] & 0xFFFFFFFF if libc.fstatfs(fd, buffer) == 0 else 0
+
+
+def _default_label(path: str) -> t.Optional[str]:
+    """The SELinux policy's context for a file at this path, None where SELinux is off or not there."""
+    try:
+        from ansible.module_utils.compat import selinux  # pylint: disable=import-outside-toplevel
+    except ImportError:
+        return None
+    if not selinux.is_selinux_enabled():
+        return None
+    result, context = selinux.matchpathcon(path, stat.S_IFREG)
+    return context if result == 0 else None

@@ -1,0 +1,473 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Request and facts in, plan or refusal out. Nothing here looks at the world.
+
+Read this file first: it is the outcome table. The check run is the plan, not carried out, so it tells the truth.
+
+Most facts are cheap and always there. Some cost something (is the source in use? is the tail all zeros?) and only some
+plans need them; they are None until :class:`Unanswered` asks for them, and then planning starts over.
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass, replace
+
+from .._errors import CloneError
+from .._images.probe import GROWABLE, Image, Qcow2Features, round_capacity
+from .._units import format_bytes
+from .request import Request, qcow2_features
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Owner, group, mode and whole SELinux context; None leaves what is there."""
+
+    uid: t.Optional[int] = None
+    gid: t.Optional[int] = None
+    mode: t.Optional[int] = None
+    label: t.Optional[str] = None
+
+
+@dataclass(frozen=True)
+class PoolFacts:
+    """``missing`` says why a pool that is needed is not usable yet; only a check run plans on."""
+
+    name: str
+    type: str
+    path: t.Optional[str]
+    missing: t.Optional[str] = None
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """``what`` names it in messages. ``image`` is None when it is gone, then ``gone`` says so in a sentence."""
+
+    what: str
+    path: str
+    pool: t.Optional[str] = None
+    name: t.Optional[str] = None
+    image: t.Optional[Image] = None
+    gone: str = ""
+    #: device and inode of the file, or the device number of a block device
+    identity: t.Optional[t.Tuple[int, ...]] = None
+    block: bool = False
+    #: number of images below the topmost
+    depth: int = 0
+    #: uid, gid and mode, known only for a file volume of a pool: a clone takes them over
+    owner: t.Optional[t.Tuple[int, int, int]] = None
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """A volume that exists under the target's name; ``image`` is None when there is none. Sizes in bytes."""
+
+    image: t.Optional[Image] = None
+    identity: t.Optional[t.Tuple[int, ...]] = None
+    #: what stands in the way under that name, when it is no regular file
+    obstacle: t.Optional[str] = None
+    uid: int = -1
+    gid: int = -1
+    mode: int = 0
+    label: t.Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    pool: PoolFacts
+    source: SourceFacts
+    target: TargetFacts
+    #: name of the volume: stated, or made up from the source
+    name: str
+    check_mode: bool = False
+    uid: int = 0
+    gid: int = 0
+    groups: t.Tuple[int, ...] = ()
+    #: SELinux context that the policy has for the target's path; None without SELinux
+    default_label: t.Optional[str] = None
+    # Asked for when needed:
+    #: who has the source open for writing; empty for nobody
+    source_writers: t.Optional[str] = None
+    #: who else has the target open; empty for nobody
+    target_users: t.Optional[str] = None
+    #: offset of the first data that shrinking would cut off, -1 for none
+    data_beyond: t.Optional[int] = None
+    content_equal: t.Optional[bool] = None
+    #: bytes that the pool lacks, 0 when it has enough or when blocks may be shared
+    space_missing: t.Optional[int] = None
+    #: why this user may not change the pool; empty when he may
+    denied: t.Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Create:
+    """Make a new volume and publish it, in place of an old one when ``replaces``.
+
+    ``route``: ``copy`` copies the file as it is and grows it, ``convert`` has qemu-img write it, ``libvirt`` has libvirt.
+    """
+
+    route: str
+    format: str
+    capacity: int
+    owner: Ownership
+    qcow2: t.Optional[Qcow2Features] = None
+    preallocation: str = "off"
+    nocow: t.Optional[bool] = None
+    replaces: bool = False
+    dropped: t.Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grow:
+    format: str
+    capacity: int
+    preallocation: str = "off"
+
+
+@dataclass(frozen=True)
+class SetPermissions:
+    owner: Ownership
+
+
+Step = t.Union[Create, Grow, SetPermissions]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a user sees of a volume; the diff is made of two of these."""
+
+    format: t.Optional[str] = None
+    capacity: t.Optional[int] = None
+    uid: t.Optional[int] = None
+    gid: t.Optional[int] = None
+    mode: t.Optional[int] = None
+    label: t.Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order; none means that the volume is as it should be. ``before`` is None for a volume that is not there."""
+
+    before: t.Optional[State]
+    after: State
+    steps: t.Tuple[Step, ...] = ()
+    warnings: t.Tuple[str, ...] = ()
+
+    @property
+    def actions(self) -> t.List[str]:
+        names = []
+        for step in self.steps:
+            if isinstance(step, Create):
+                names.append("replaced" if step.replaces else "created")
+            else:
+                names.append("grown" if isinstance(step, Grow) else "permissions")
+        return names
+
+
+class Unanswered(Exception):
+    """Planning needs the fact ``question``, a field of :class:`Facts`; ``draft`` is what it is about, if anything."""
+
+    def __init__(self, question: str, draft: t.Optional[Create] = None) -> None:
+        super().__init__(question)
+        self.question = question
+        self.draft = draft
+
+
+def _known(facts: Facts, question: str, draft: t.Optional[Create] = None) -> t.Any:
+    answer = getattr(facts, question)
+    if answer is None:
+        raise Unanswered(question, draft)
+    return answer
+
+
+def plan(request: Request, facts: Facts) -> Plan:
+    """The steps that make the target what the request states.
+
+    :raises CloneError: the refusal, as the outcome table has it
+    :raises Unanswered: a fact is missing
+    """
+    target = facts.target
+    if target.identity is not None and target.identity == facts.source.identity:
+        raise CloneError("INVALID_ARG", f"{_what(facts)} is the source itself ({facts.source.what})")
+    if target.obstacle:
+        raise CloneError("STORAGE_VOL_EXIST", f"{_what(facts)} cannot be made: its name is taken by {target.obstacle}")
+    result = _existing(request, facts, target.image) if target.image else _absent(request, facts, replaces=False)
+    if result.steps and not facts.pool.missing:
+        denied = _known(facts, "denied")
+        if denied:
+            raise CloneError("OPERATION_DENIED", denied)
+    return result
+
+
+def target_format(request: Request, source: t.Optional[Image]) -> t.Optional[str]:
+    """The format asked for; None when it is not stated and the source that would give it is gone."""
+    return request.format or (source.format if source else None)
+
+
+# --- a volume of that name exists ---------------------------------------------------------------------------------------
+
+
+def _existing(request: Request, facts: Facts, image: Image) -> Plan:
+    differences = _differences(request, facts, image)
+    if differences and not request.force:
+        raise CloneError("DIFFERS", f"{_what(facts)} exists and differs: {'; '.join(differences)}")
+    if differences:
+        _refuse_in_use(facts, "replaced")
+        return _absent(request, facts, replaces=True)
+
+    before = _state(facts.target, image)
+    warnings = []
+    steps: t.List[Step] = []
+    after = before
+    wanted = _stated_capacity(request, image.format)
+    if wanted is not None and image.capacity < wanted:
+        steps.append(_growth(request, facts, image, wanted))
+        after = replace(after, capacity=wanted)
+    source = facts.source.image
+    if source is None:
+        warnings.append(f"{facts.source.gone}; {_what(facts)} exists and is judged on what the task states")
+    elif wanted is None and image.capacity < source.capacity:
+        warnings.append(
+            f"{_what(facts)} has {format_bytes(image.capacity)}, less than its source now has"
+            f" ({format_bytes(source.capacity)}); state capacity to grow it"
+        )
+
+    owner = _changed_ownership(request, facts.target)
+    if owner is not None:
+        users = _known(facts, "target_users")
+        if users:
+            warnings.append(f"{_what(facts)} is open by {users}: its owner, group, mode and label are left alone")
+        else:
+            steps.append(SetPermissions(owner))
+            after = replace(
+                after,
+                uid=before.uid if owner.uid is None else owner.uid,
+                gid=before.gid if owner.gid is None else owner.gid,
+                mode=before.mode if owner.mode is None else owner.mode,
+                label=before.label if owner.label is None else owner.label,
+            )
+    return Plan(before, after, tuple(steps), tuple(warnings))
+
+
+def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
+    """What only a replacement could mend, as phrases that name both values."""
+    found = []
+    wanted_format = target_format(request, facts.source.image)
+    if wanted_format is not None and image.format != wanted_format:
+        found.append(f"its format is {image.format}, asked for is {wanted_format}")
+    if request.clone_type == "full" and image.backing is not None:
+        found.append(f"it is a linked clone of {image.backing!r}, asked for is clone_type=full")
+    wanted = _stated_capacity(request, image.format)
+    if wanted is not None and image.capacity > wanted and not _rounded_by_geometry(image, wanted):
+        found.append(f"its capacity is {format_bytes(image.capacity)}, asked for is {format_bytes(wanted)}")
+    if request.compare == "content" and not found:
+        if facts.source.image is None:
+            raise CloneError("NO_STORAGE_VOL", f"compare=content: {facts.source.gone}")
+        if not _known(facts, "content_equal"):
+            found.append(f"its data is not that of {facts.source.what}")
+    return found
+
+
+def _stated_capacity(request: Request, image_format: str) -> t.Optional[int]:
+    return None if request.capacity is None else round_capacity(image_format, request.capacity)
+
+
+def _rounded_by_geometry(image: Image, wanted: int) -> bool:
+    """A vpc that others made is rounded up to a whole number of cylinders, of at most 16 * 255 sectors (VHD specification)."""
+    return image.format == "vpc" and image.capacity - wanted < 16 * 255 * 512
+
+
+def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:
+    sizes = f"{format_bytes(image.capacity)}, asked for is {format_bytes(wanted)}"
+    if not request.resize:
+        raise CloneError("DIFFERS", f"{_what(facts)} has {sizes}, and resize is false")
+    if image.format not in GROWABLE:
+        raise CloneError("NO_SUPPORT", f"{_what(facts)} has {sizes}; a {image.format} volume cannot be grown")
+    _refuse_preallocation(request.preallocation, image.format)
+    _refuse_in_use(facts, "grown")
+    return Grow(image.format, wanted, request.preallocation)
+
+
+def _refuse_in_use(facts: Facts, done: str) -> None:
+    users = _known(facts, "target_users")
+    if users:
+        raise CloneError("IN_USE", f"{_what(facts)} cannot be {done}: it is open by {users}")
+
+
+def _changed_ownership(request: Request, target: TargetFacts) -> t.Optional[Ownership]:
+    """The stated values that are not so yet."""
+    mode = None if request.mode is None else request.mode.on(target.mode)
+    label = merged_label(target.label, request.label)
+    wanted = Ownership(
+        request.owner if request.owner != target.uid else None,
+        request.group if request.group != target.gid else None,
+        mode if mode != target.mode else None,
+        label if label != target.label else None,
+    )
+    return None if wanted == Ownership() else wanted
+
+
+def merged_label(current: t.Optional[str], stated: t.Mapping[str, str]) -> t.Optional[str]:
+    """A SELinux context, ``user:role:type:level``, with the stated parts put in."""
+    if not stated:
+        return current
+    parts = dict(zip(("user", "role", "type", "level"), (current or "system_u:object_r:virt_image_t:s0").split(":", 3)))
+    parts.update(stated)
+    return ":".join(parts.values())
+
+
+# --- there is none, or it is to be replaced -----------------------------------------------------------------------------
+
+
+def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
+    before = _state(facts.target, facts.target.image) if facts.target.image else None
+    source = facts.source.image
+    if facts.pool.missing or source is None:
+        if not facts.check_mode or replaces:
+            raise CloneError("NO_STORAGE_VOL", facts.source.gone)
+        return _predicted(request, facts, before)
+    _refuse_source(request, facts, source)
+
+    image_format = target_format(request, source) or source.format
+    if request.qcow2 and image_format != "qcow2":
+        raise CloneError("INVALID_ARG", f"qcow2: {sorted(request.qcow2)} has no meaning for a volume of format {image_format}")
+    _refuse_preallocation(request.preallocation, image_format)
+    capacity = _stated_capacity(request, image_format)
+    if capacity is None:
+        capacity = round_capacity(image_format, source.capacity)
+    elif capacity < source.capacity:
+        _refuse_shrinking(request, facts, source, capacity)
+
+    features = qcow2_features(request.qcow2, source.qcow2) if image_format == "qcow2" else None
+    route = _route(request, facts, source, image_format, capacity, features)
+    step = Create(
+        route,
+        image_format,
+        capacity,
+        _new_ownership(request, facts),
+        features,
+        request.preallocation,
+        request.nocow,
+        replaces,
+        _dropped(source) if route != "copy" else (),
+    )
+    warnings = []
+    if step.dropped:
+        warnings.append(f"{_what(facts)}: a conversion does not carry over {' and '.join(step.dropped)}")
+    writers = _known(facts, "source_writers")
+    if writers and request.source_in_use == "fail":
+        raise CloneError("IN_USE", f"{facts.source.what} is open for writing by {writers}")
+    missing = _known(facts, "space_missing", step)
+    if missing:
+        raise CloneError(
+            "NO_SPACE", f"{_what(facts)} needs {format_bytes(missing)} more than is free in pool {facts.pool.name!r}"
+        )
+    owner = step.owner
+    after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label)
+    return Plan(before, after, (step,), tuple(warnings))
+
+
+def _predicted(request: Request, facts: Facts, before: t.Optional[State]) -> Plan:
+    """A check run in which an earlier task would have made the pool or the source."""
+    why = facts.pool.missing or facts.source.gone
+    owner = _new_ownership(request, facts)
+    image_format = target_format(request, facts.source.image)
+    capacity = request.capacity
+    if capacity is None and facts.source.image is not None:
+        capacity = facts.source.image.capacity
+    step = Create("copy", image_format or "raw", capacity or 0, owner)
+    after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label)
+    return Plan(before, after, (step,), (f"{why}; the check run takes it that an earlier task makes it",))
+
+
+def _refuse_source(request: Request, facts: Facts, source: Image) -> None:
+    what = facts.source.what
+    if source.unclean:
+        raise CloneError("CORRUPT_IMAGE", f"{what} is marked {source.unclean}: run qemu-img check on it first")
+    if source.data_file:
+        raise CloneError("UNSAFE_IMAGE", f"{what} keeps its data in another file, which is not followed")
+    if source.capacity > request.max_capacity:
+        raise CloneError(
+            "UNSAFE_IMAGE",
+            f"{what} claims {format_bytes(source.capacity)}, more than max_capacity ({format_bytes(request.max_capacity)})",
+        )
+    if request.encrypted and not source.encrypted:
+        raise CloneError("CONFIG_UNSUPPORTED", f"xml: <encryption> is not possible, {what} is not encrypted")
+
+
+def _refuse_preallocation(mode: str, image_format: str) -> None:
+    if mode == "off" or image_format == "qcow2" or (image_format == "raw" and mode != "metadata"):
+        return
+    raise CloneError("CONFIG_UNSUPPORTED", f"preallocation={mode} is not possible for a volume of format {image_format}")
+
+
+def _refuse_shrinking(request: Request, facts: Facts, source: Image, capacity: int) -> None:
+    sizes = f"capacity: {format_bytes(capacity)} is less than {facts.source.what} has, {format_bytes(source.capacity)}"
+    if not request.allow_shrink:
+        raise CloneError("INVALID_ARG", f"{sizes}; allow_shrink permits it where nothing but zeros would be cut off")
+    if source.format != "raw":
+        raise CloneError("NO_SUPPORT", f"{sizes}, and only raw sources can be shrunk, not {source.format}")
+    beyond = _known(facts, "data_beyond")
+    if beyond >= 0:
+        raise CloneError("INVALID_ARG", f"{sizes}, and the data at byte {beyond} would be cut off")
+
+
+def _route(
+    request: Request, facts: Facts, source: Image, image_format: str, capacity: int, features: t.Optional[Qcow2Features]
+) -> str:
+    if request.method == "libvirt":
+        if facts.pool.type == "directory" or facts.source.pool is None or facts.source.pool.startswith("/"):
+            raise CloneError("INVALID_ARG", "method=libvirt needs a libvirt pool for both the source and the target")
+        if request.preallocation not in ("off", "metadata"):
+            raise CloneError("NO_SUPPORT", f"method=libvirt has no preallocation={request.preallocation}")
+        return "libvirt"
+    whole_file = (
+        image_format == source.format
+        and source.backing is None
+        and features == source.qcow2
+        and (capacity <= source.capacity or image_format in GROWABLE)
+        and (image_format == "raw" or request.preallocation == "off")
+    )
+    if whole_file:
+        return "copy"
+    if source.encrypted:
+        raise CloneError("NO_SUPPORT", f"{facts.source.what} is encrypted: it is cloned in its own format or not at all")
+    if request.method == "reflink":
+        raise CloneError(
+            "NO_SUPPORT",
+            f"method=reflink shares the blocks of a whole file; making {image_format} of {facts.source.what} needs a conversion",
+        )
+    return "convert"
+
+
+def _dropped(source: Image) -> t.Tuple[str, ...]:
+    return tuple(name for name, count in (("snapshots", source.snapshots), ("bitmaps", source.bitmaps)) if count)
+
+
+def _new_ownership(request: Request, facts: Facts) -> Ownership:
+    """As stated; else the source's, when that is a file volume of a pool (as ``virsh vol-clone`` does); else 0600 and us.
+
+    A user who may not give files away keeps his own where nothing was stated.
+    """
+    uid, gid, mode = facts.uid, facts.gid, 0o600
+    if facts.source.owner is not None:
+        source_uid, source_gid, mode = facts.source.owner
+        uid = source_uid if facts.uid == 0 else uid
+        gid = source_gid if facts.uid == 0 or source_gid in facts.groups else gid
+    return Ownership(
+        request.owner if request.owner is not None else uid,
+        request.group if request.group is not None else gid,
+        request.mode.on(mode) if request.mode is not None else mode,
+        merged_label(facts.default_label, request.label),
+    )
+
+
+def _state(target: TargetFacts, image: t.Optional[Image]) -> State:
+    image_format, capacity = (image.format, image.capacity) if image else (None, None)
+    return State(image_format, capacity, target.uid, target.gid, target.mode, target.label)
+
+
+def _what(facts: Facts) -> str:
+    return f"volume {facts.name!r} of pool {facts.pool.name!r}"

@@ -1,0 +1,333 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the task asks for, typed and checked, before anything is looked at.
+
+A parameter wins over the volume XML; what neither states is None here and gets its default from the facts, in the planner.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import typing as t
+import unicodedata
+from dataclasses import dataclass, field
+
+from .. import _units, _xml
+from .._errors import CloneError
+from .._images.probe import FORMATS, Qcow2Features
+from .._transfer.staging import is_staged_name
+
+#: Endings of image files; anything else after a dot belongs to the name ("debian-12.1").
+_ENDINGS = ("raw", "img", "iso", "bin", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vhd", "vpc")
+_RAW_ENDINGS = ("raw", "img", "iso", "bin")
+_COMPRESSION_ENDINGS = ("gz", "bz2", "xz", "zst")
+#: Other names for raw: libvirt reads and writes an iso as raw.
+_RAW_ALIASES = ("iso", "img")
+_SYMBOLIC_MODE = re.compile(r"([ugoa]+)([-+=])([rwxX]*)")
+
+
+class Mode:
+    """A file mode as Ansible takes it: octal as number or text, or symbolic (``u=rw,g=r,o-rwx``)."""
+
+    def __init__(self, value: t.Union[int, str], parameter: str = "mode") -> None:
+        self._octal: t.Optional[int] = None
+        self._clauses: t.List[t.Tuple[str, str, str]] = []
+        text = str(value).strip()
+        if isinstance(value, int):
+            self._octal = value
+        elif re.fullmatch(r"(0o)?[0-7]+", text):
+            self._octal = int(text.replace("o", ""), 8)
+        else:
+            for clause in text.split(","):
+                match = _SYMBOLIC_MODE.fullmatch(clause.strip())
+                if match is None:
+                    raise CloneError("INVALID_ARG", f"{parameter}: {value!r} is neither an octal nor a symbolic mode")
+                self._clauses.append((match.group(1), match.group(2), match.group(3)))
+        if self._octal is not None and self._octal & ~0o777:
+            raise CloneError(
+                "INVALID_ARG", f"{parameter}: {value!r} has bits outside 0777 (an octal mode must be quoted or start with 0)"
+            )
+
+    def on(self, current: int) -> int:
+        """The mode in bits that a file with the mode ``current`` shall have."""
+        if self._octal is not None:
+            return self._octal
+        for who, operator, letters in self._clauses:
+            bits = sum({"r": 4, "w": 2, "x": 1}.get(letter, 0) for letter in set(letters) - {"X"})
+            if "X" in letters and current & 0o111:
+                bits |= 1
+            for shift in _shifts(who):
+                if operator == "=":
+                    current = current & ~(7 << shift) | bits << shift
+                elif operator == "+":
+                    current |= bits << shift
+                else:
+                    current &= ~(bits << shift)
+        return current
+
+
+def _shifts(who: str) -> t.Iterable[int]:
+    return {shift for letter in who for shift in {"u": (6,), "g": (3,), "o": (0,), "a": (6, 3, 0)}[letter]}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clone as the task and its XML state it. Sizes in bytes; None is "not stated"."""
+
+    pool: str
+    uri: str = "qemu:///system"
+    name: t.Optional[str] = None
+    source: t.Optional[str] = None
+    source_path: t.Optional[str] = None
+    source_pool: t.Optional[str] = None
+    source_format: t.Optional[str] = None
+    format: t.Optional[str] = None
+    capacity: t.Optional[int] = None
+    allow_shrink: bool = False
+    clone_type: t.Optional[str] = None
+    preallocation: str = "off"
+    qcow2: t.Mapping[str, t.Any] = field(default_factory=dict)
+    nocow: t.Optional[bool] = None
+    encrypted: bool = False
+    method: str = "auto"
+    resize: bool = True
+    compare: str = "metadata"
+    force: bool = False
+    owner: t.Optional[int] = None
+    group: t.Optional[int] = None
+    mode: t.Optional[Mode] = None
+    #: stated parts of the SELinux context: user, role, type, level
+    label: t.Mapping[str, str] = field(default_factory=dict)
+    source_in_use: str = "fail"
+    lock_timeout: float = 300
+    timeout: t.Optional[float] = None
+    max_capacity: int = 64 << 40
+
+    @property
+    def effective_source_pool(self) -> str:
+        return self.source_pool if self.source_pool is not None else self.pool
+
+    @property
+    def source_name(self) -> str:
+        """The last component of the source: what a made-up name is made from."""
+        return self.source if self.source is not None else os.path.basename(self.source_path or "")
+
+
+def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
+    """Check the module's parameters and its XML.
+
+    :raises CloneError: ``INVALID_ARG``, ``XML_ERROR`` or ``CONFIG_UNSUPPORTED``, naming the parameter and its value
+    """
+    xml = _xml.parse_volume(params["xml"]) if params.get("xml") is not None else _xml.VolumeXML()
+
+    def stated(parameter: str, in_xml: t.Any) -> t.Any:
+        return params[parameter] if params.get(parameter) is not None else in_xml
+
+    name = stated("name", xml.name)
+    if name is not None:
+        check_name(name, "name")
+    if params.get("source") is not None:
+        check_name(params["source"], "source")
+    if params.get("source_path") is not None:
+        _check_path(params["source_path"], "source_path")
+    for parameter in ("pool", "source_pool"):
+        if params.get(parameter) is not None:
+            _check_pool(params[parameter], parameter)
+    image_format = _check_format(stated("format", xml.format), "format")
+    capacity = params.get("capacity")
+    return Request(
+        pool=params["pool"],
+        uri=params.get("uri") or "qemu:///system",
+        name=name,
+        source=params.get("source"),
+        source_path=params.get("source_path"),
+        source_pool=params.get("source_pool"),
+        source_format=_check_format(params.get("source_format"), "source_format"),
+        format=image_format,
+        capacity=_units.parse_capacity(capacity, "capacity") if capacity is not None else xml.capacity,
+        allow_shrink=bool(params.get("allow_shrink")),
+        clone_type=params.get("clone_type"),
+        preallocation=params.get("preallocation") or "off",
+        qcow2=_qcow2_options(params.get("qcow2") or {}, xml, image_format),
+        nocow=_nocow(params.get("qcow2") or {}, xml),
+        encrypted=xml.encrypted,
+        method=params.get("method") or "auto",
+        resize=params.get("resize") is not False,
+        compare=params.get("compare") or "metadata",
+        force=bool(params.get("force")),
+        owner=_user(params["owner"]) if params.get("owner") is not None else xml.owner,
+        group=_group(params["group"]) if params.get("group") is not None else xml.group,
+        mode=_mode(params.get("mode"), xml.mode),
+        label={
+            part: params[f"se{part}"] for part in ("user", "role", "type", "level") if params.get(f"se{part}") is not None
+        },
+        source_in_use=params.get("source_in_use") or "fail",
+        lock_timeout=_seconds(params, "lock_timeout", 300.0),
+        timeout=_seconds(params, "timeout", None),
+        max_capacity=_units.parse_capacity(params.get("max_capacity") or "64TiB", "max_capacity"),
+    )
+
+
+def check_name(name: str, parameter: str) -> None:
+    """A volume's name is one path component that a person can read.
+
+    libvirt itself learned about ``/`` by CVE-2015-5313; control characters would corrupt a terminal or a log line.
+    """
+    problem = None
+    try:
+        encoded = name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(name)} is not valid text") from None
+    if not name:
+        problem = "is empty"
+    elif "/" in name:
+        problem = "contains '/'"
+    elif name in (".", ".."):
+        problem = "is a directory"
+    elif any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in name):
+        problem = "contains a control character"
+    elif len(encoded) > 255:
+        problem = f"is {len(encoded)} bytes long, of 255 possible"
+    elif is_staged_name(name):
+        problem = "is reserved for unfinished volumes"
+    if problem:
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(shown)} {problem}; a volume name is one path component")
+
+
+def _check_path(path: str, parameter: str) -> None:
+    if "\0" in path or not os.path.isabs(path):
+        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(path)} is not an absolute path")
+
+
+def _check_pool(pool: str, parameter: str) -> None:
+    if not pool or any(unicodedata.category(char) in ("Cc", "Cs") for char in pool):
+        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(pool)} is not the name of a pool")
+    if "/" in pool and not os.path.isabs(pool):
+        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(pool)} is neither a pool's name nor an absolute directory")
+
+
+def _check_format(value: t.Optional[str], parameter: str) -> t.Optional[str]:
+    if value is None:
+        return None
+    value = value.lower()
+    if value in _RAW_ALIASES:
+        return "raw"
+    if value not in FORMATS:
+        raise CloneError(
+            "CONFIG_UNSUPPORTED", f"{parameter}: {value!r} is no format that a clone can have; those are {', '.join(FORMATS)}"
+        )
+    return value
+
+
+def _qcow2_options(
+    given: t.Mapping[str, t.Any], xml: _xml.VolumeXML, image_format: t.Optional[str]
+) -> t.Dict[str, t.Any]:
+    stated = {key: value for key, value in given.items() if value is not None}
+    if stated and image_format not in (None, "qcow2"):
+        raise CloneError("INVALID_ARG", f"qcow2: {sorted(stated)} has no meaning for format={image_format}")
+    options: t.Dict[str, t.Any] = {
+        "compat": xml.compat,
+        "cluster_size": xml.cluster_size,
+        "lazy_refcounts": xml.lazy_refcounts,
+        "extended_l2": xml.extended_l2,
+    }
+    options.update({key: value for key, value in stated.items() if key != "nocow"})
+    if isinstance(options["cluster_size"], str):
+        options["cluster_size"] = _units.parse_capacity(options["cluster_size"], "qcow2.cluster_size")
+    size = options["cluster_size"]
+    if size is not None and (size & (size - 1) or not 512 <= size <= 2 << 20):
+        raise CloneError("INVALID_ARG", f"qcow2.cluster_size: {size} is not a power of two between 512 and 2097152 bytes")
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _nocow(given: t.Mapping[str, t.Any], xml: _xml.VolumeXML) -> t.Optional[bool]:
+    return given["nocow"] if given.get("nocow") is not None else xml.nocow
+
+
+def qcow2_features(stated: t.Mapping[str, t.Any], source: t.Optional[Qcow2Features]) -> Qcow2Features:
+    """The options of a new qcow2 volume: stated, else the source's, else libvirt's and qemu-img's defaults.
+
+    :raises CloneError: ``CONFIG_UNSUPPORTED`` for what version 2 images (compat 0.10) cannot have
+    """
+    newer = [
+        option
+        for option, default in (("lazy_refcounts", False), ("extended_l2", False), ("compression_type", "zlib"), ("refcount_bits", 16))
+        if stated.get(option, default) != default
+    ]
+    compat = stated.get("compat") or ("1.1" if newer or source is None else source.compat)
+    if compat == "0.10" and newer:
+        raise CloneError("CONFIG_UNSUPPORTED", f"qcow2.{newer[0]} is not possible with compat 0.10")
+    if source is None or compat == "0.10" != source.compat:
+        # Options that the source has but version 2 cannot have fall back to the defaults.
+        source = Qcow2Features(compat, source.cluster_size if source else 65536)
+    features = Qcow2Features(
+        compat,
+        stated.get("cluster_size", source.cluster_size),
+        stated.get("lazy_refcounts", source.lazy_refcounts),
+        stated.get("extended_l2", source.extended_l2),
+        stated.get("compression_type", source.compression_type),
+        stated.get("refcount_bits", source.refcount_bits),
+    )
+    if features.extended_l2 and features.cluster_size < 16384:
+        raise CloneError(
+            "CONFIG_UNSUPPORTED", f"qcow2.extended_l2 needs a cluster_size of 16384 bytes or more, not {features.cluster_size}"
+        )
+    return features
+
+
+def made_up_name(source_name: str, image_format: t.Optional[str], source_format: t.Optional[str]) -> str:
+    """``base.qcow2`` becomes ``base-clone.qcow2``; the ending follows the target's format. The same on each run.
+
+    :raises CloneError: ``INVALID_ARG`` when the result is no valid name
+    """
+    stem, dot, ending = source_name.rpartition(".")
+    if dot and stem and ending.lower() in _COMPRESSION_ENDINGS:
+        source_name = stem
+        stem, dot, ending = source_name.rpartition(".")
+    if not (dot and stem and ending.lower() in _ENDINGS):
+        stem, ending = source_name, ""
+    unchanged = image_format is None or (not ending and image_format == source_format)
+    kept = ending if unchanged or _names_format(ending, image_format) else image_format
+    name = f"{stem}-clone.{kept}" if kept else f"{stem}-clone"
+    check_name(name, "name (made from the source)")
+    return name
+
+
+def _names_format(ending: str, image_format: t.Optional[str]) -> bool:
+    known = {"raw": _RAW_ENDINGS, "vpc": ("vpc", "vhd")}.get(image_format or "", (image_format,))
+    return ending.lower() in known
+
+
+def _user(value: str) -> int:
+    try:
+        return int(value) if value.isdigit() else pwd.getpwnam(value).pw_uid
+    except KeyError:
+        raise CloneError("INVALID_ARG", f"owner: there is no user {value!r}") from None
+
+
+def _group(value: str) -> int:
+    try:
+        return int(value) if value.isdigit() else grp.getgrnam(value).gr_gid
+    except KeyError:
+        raise CloneError("INVALID_ARG", f"group: there is no group {value!r}") from None
+
+
+def _mode(value: t.Union[int, str, None], in_xml: t.Optional[int]) -> t.Optional[Mode]:
+    if value is not None:
+        return Mode(value)
+    return Mode(in_xml) if in_xml is not None else None
+
+
+def _seconds(params: t.Mapping[str, t.Any], parameter: str, default: t.Optional[float]) -> t.Optional[float]:
+    value = params.get(parameter)
+    if value is None:
+        return default
+    if value < 0:
+        raise CloneError("INVALID_ARG", f"{parameter}: {value} seconds is less than none")
+    return float(value)

@@ -1,0 +1,35 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A point in time after which nothing may go on."""
+
+from __future__ import annotations
+
+import time
+import typing as t
+
+from ._errors import CloneError
+
+
+class Deadline:
+    """``seconds`` from now, or never when None. ``parameter`` is the option that set it, for the message."""
+
+    def __init__(self, seconds: t.Optional[float], parameter: str) -> None:
+        self.seconds = seconds
+        self.parameter = parameter
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def check(self, doing: str) -> None:
+        """Raise ``TIMEOUT`` once the time is up; ``doing`` completes "gave up ..."."""
+        if self._end is not None and time.monotonic() >= self._end:
+            raise CloneError("TIMEOUT", f"gave up {doing} after {self.seconds:g} s ({self.parameter})")
+
+    def wait_for(self, attempt: t.Callable[[], bool], doing: str, also: t.Callable[[], None] = lambda: None) -> None:
+        """Repeat ``attempt`` until it is true, more slowly as time goes by, at most twice a second."""
+        pause = 0.01
+        while not attempt():
+            self.check(doing)
+            also()
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.5)

@@ -1,0 +1,242 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Command lines of qemu-img, and how one is run.
+
+Every command names the format of every image, reaches files only through descriptors that are already open, and dies
+with its parent. So no name is looked up twice, nothing is probed, and a killed task leaves no writer behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import typing as t
+from dataclasses import dataclass
+
+from .._errors import CloneError
+from .probe import Image, Qcow2Features
+
+_PR_SET_PDEATHSIG = 1
+_MEMORY_LIMIT = 2 << 30
+_CPU_LIMIT = 30
+# qemu's file-posix.c: 'Failed to get shared "write" lock'. The word alone would also match "block".
+_LOCKED = re.compile(r'Failed to get (?:shared )?"[a-z ]+" lock')
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One open image file of a chain.
+
+    ``size`` limits a raw layer to that many bytes from its start (a multiple of 512); None is all of it.
+    """
+
+    fd: int
+    format: str
+    block: bool = False
+    size: t.Optional[int] = None
+
+    @property
+    def path(self) -> str:
+        return f"/proc/self/fd/{self.fd}"
+
+
+def source_arguments(layers: t.Sequence[Layer]) -> t.List[str]:
+    """How to name a source whose first layer is the topmost.
+
+    A lone image is ``-f FORMAT PATH``. A chain is spelled out layer by layer, so that the names which the images record
+    are not looked up again: between our look and theirs they could have come to mean another file.
+    """
+    if len(layers) == 1 and layers[0].size is None:
+        return ["-f", layers[0].format, layers[0].path]
+    node: t.Optional[t.Dict[str, t.Any]] = None
+    for layer in reversed(layers):
+        below, node = node, {"driver": layer.format}
+        if layer.size is not None:
+            node.update(offset=0, size=layer.size)
+        node["file"] = {"driver": "host_device" if layer.block else "file", "filename": layer.path}
+        if below is not None:
+            node["backing"] = below
+    return ["json:" + json.dumps(node)]
+
+
+def creation_options(image_format: str, qcow2: t.Optional[Qcow2Features], preallocation: str) -> t.List[str]:
+    """``-o`` for an image that is about to be made; nothing where qemu-img's own default is what was asked for."""
+    options = []
+    if image_format == "vpc":
+        # Without it the capacity is rounded up to what a geometry of cylinders can express.
+        options.append("force_size=on")
+    if image_format == "qcow2" and qcow2 is not None:
+        options += [
+            f"compat={qcow2.compat}",
+            f"cluster_size={qcow2.cluster_size}",
+            f"lazy_refcounts={'on' if qcow2.lazy_refcounts else 'off'}",
+        ]
+        # Named only where they differ from the default: older versions of qemu-img do not know them.
+        if qcow2.extended_l2:
+            options.append("extended_l2=on")
+        if qcow2.compression_type != "zlib":
+            options.append(f"compression_type={qcow2.compression_type}")
+        if qcow2.refcount_bits != 16:
+            options.append(f"refcount_bits={qcow2.refcount_bits}")
+    if preallocation != "off" and image_format == "qcow2":
+        options.append(f"preallocation={preallocation}")
+    return ["-o", ",".join(options)] if options else []
+
+
+def create(target: Layer, options: t.List[str], capacity: int) -> t.List[str]:
+    return ["create", "-q", "-f", target.format, *options, target.path, str(capacity)]
+
+
+def convert(layers: t.Sequence[Layer], target: Layer, options: t.List[str], exists: bool) -> t.List[str]:
+    """Convert into a new image, or into one that ``create`` has just made and that so reads as zeros.
+
+    ``-W`` lets writes land out of order: a staged file has no reader that would mind.
+    """
+    into = ["-n", "--target-is-zero"] if exists else options
+    return ["convert", "-W", *into, "-O", target.format, *source_arguments(layers), target.path]
+
+
+def resize(target: Layer, capacity: int, preallocation: str) -> t.List[str]:
+    extra = [] if preallocation == "off" else [f"--preallocation={preallocation}"]
+    return ["resize", "-q", "-f", target.format, *extra, target.path, str(capacity)]
+
+
+def amend_compat(target: Layer) -> t.List[str]:
+    return ["amend", "-q", "-f", target.format, "-o", "compat=1.1", target.path]
+
+
+def info(layer: Layer) -> t.List[str]:
+    """``-U``: an image that a domain has open can still be described."""
+    return ["info", "-U", "--output=json", "-f", layer.format, layer.path]
+
+
+def compare(layers: t.Sequence[Layer], target: Layer) -> t.List[str]:
+    source = source_arguments(layers)
+    return ["compare", "-q", "-U", *source[:-1], "-F", target.format, source[-1], target.path]
+
+
+def measure(layers: t.Sequence[Layer], target_format: str, options: t.List[str]) -> t.List[str]:
+    return ["measure", "--output=json", *options, "-O", target_format, *source_arguments(layers)]
+
+
+class QemuImg:
+    """Runs qemu-img. ``names`` maps descriptors to what a person calls the file, for its error messages."""
+
+    def __init__(self) -> None:
+        self._program: t.Optional[str] = None
+
+    @property
+    def program(self) -> str:
+        if self._program is None:
+            path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/bin", "/usr/bin", "/bin"))
+            self._program = shutil.which("qemu-img", path=path)
+        if self._program is None:
+            raise CloneError(
+                "MISSING_DEPENDENCY", "qemu-img is not installed (package qemu-utils on Debian, qemu-img on Fedora)"
+            )
+        return self._program
+
+    def run(
+        self,
+        arguments: t.Sequence[str],
+        names: t.Mapping[int, str],
+        doing: str,
+        watch: t.Callable[[], None] = lambda: None,
+        quick: bool = False,
+        file_limit: t.Optional[int] = None,
+        accept: t.Sequence[int] = (0,),
+    ) -> t.Tuple[int, str]:
+        """Exit status and standard output.
+
+        :param names: descriptors that the command may use, each with the name that a message gives it
+        :param doing: start of the sentence should it fail: ``"converting volume 'x'"``
+        :param watch: called five times a second while it runs; what it raises ends the command
+        :param quick: limit its processor time too (for headers only: a conversion may take hours)
+        :param file_limit: largest file in bytes that it may write
+        """
+        program = self.program
+        process = subprocess.Popen(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=tuple(names),
+            env={"LC_ALL": "C", "PATH": os.defpath},
+            cwd="/",
+            preexec_fn=_in_child(os.getpid(), quick, file_limit),  # pylint: disable=subprocess-popen-preexec-fn
+        )
+        try:
+            while True:
+                try:
+                    out, err = process.communicate(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    watch()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        if process.returncode not in accept:
+            raise _failure(process.returncode, err.decode("utf-8", "replace"), names, doing)
+        return process.returncode, out.decode("utf-8", "replace")
+
+    def read(self, layer: Layer, name: str) -> Image:
+        """Describe an image of any format by ``qemu-img info``; its own format is given, never probed."""
+        out = self.run(info(layer), {layer.fd: name}, f"reading {name} as {layer.format}", quick=True)[1]
+        described = json.loads(out)
+        data = described.get("format-specific", {}).get("data", {})
+        return Image(
+            layer.format,
+            int(described["virtual-size"]),
+            described.get("backing-filename"),
+            described.get("backing-filename-format"),
+            snapshots=len(described.get("snapshots", ())),
+            encrypted=bool(described.get("encrypted")),
+            unclean="dirty" if described.get("dirty-flag") else "corrupt" if data.get("corrupt") else None,
+        )
+
+
+# Loaded before any fork: a child between fork and exec must not import or open anything.
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _in_child(parent: int, quick: bool, file_limit: t.Optional[int]) -> t.Callable[[], None]:
+    """What the child does between fork and exec: die with the parent, and live within limits (CVE-2015-5162)."""
+
+    def prepare() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            # The parent died before the line above took effect; nobody would ever stop us.
+            os._exit(127)
+        os.umask(0o077)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
+        if quick:
+            resource.setrlimit(resource.RLIMIT_CPU, (_CPU_LIMIT, _CPU_LIMIT))
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    return prepare
+
+
+def _failure(status: int, stderr: str, names: t.Mapping[int, str], doing: str) -> CloneError:
+    text = stderr.strip()
+    for fd, name in names.items():
+        # Its messages know only descriptors; a person knows names.
+        text = re.sub(rf"'?/proc/self/fd/{fd}\b'?", name, text)
+    text = "; ".join(line.replace("qemu-img: ", "", 1) for line in text.splitlines()[-3:]) or f"exit status {status}"
+    if status < 0:
+        text = f"qemu-img was ended by signal {signal.Signals(-status).name}"
+    if _LOCKED.search(text):
+        return CloneError("IN_USE", f"{doing} failed: another process has the image open ({text})")
+    if "No space left on device" in text or "Disk quota exceeded" in text:
+        return CloneError("NO_SPACE", f"{doing} failed: {text}")
+    return CloneError("IO_ERROR", f"{doing} failed: {text}")

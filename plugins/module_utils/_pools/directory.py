@@ -1,0 +1,103 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A pool that is a directory, with or without libvirt knowing of it. Its volumes are the regular files in it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import typing as t
+
+from .._deadline import Deadline
+from .._errors import CloneError, from_os_error
+
+
+class DirectoryPool:
+    """A directory on this host, held open: whatever its path comes to mean later, volumes are made where we looked.
+
+    :param name: the pool as the task names it
+    :param path: an absolute directory
+    """
+
+    type = "directory"
+
+    def __init__(self, name: str, path: str) -> None:
+        self.name = name
+        self.path = os.path.normpath(path)
+        self._fd = -1
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def fd(self) -> int:
+        """The open directory.
+
+        :raises CloneError: ``NO_STORAGE_POOL`` when there is none
+        """
+        if self._fd < 0:
+            try:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError as exc:
+                raise CloneError("NO_STORAGE_POOL", f"pool {self.name!r}: the directory {self.path!r} does not exist") from exc
+            except NotADirectoryError as exc:
+                raise CloneError("INVALID_ARG", f"pool {self.name!r}: {self.path!r} is not a directory") from exc
+            except OSError as exc:
+                raise from_os_error(exc, f"opening pool {self.name!r}, {self.path!r},") from exc
+        return self._fd
+
+    def path_of(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def lstat(self, name: str) -> t.Optional[os.stat_result]:
+        """What has that name in the pool, a symbolic link itself; None for nothing."""
+        try:
+            return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def contains(self, path: str) -> bool:
+        """Whether the real path ``path`` is a file directly in this pool."""
+        return os.path.dirname(path) == os.path.realpath(self.path)
+
+    def available(self) -> int:
+        """Free bytes for this user."""
+        status = os.fstatvfs(self.fd)
+        blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
+        return blocks * status.f_frsize
+
+    def denied(self) -> str:
+        """Why this user may not change the pool; empty when he may."""
+        if os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+            return ""
+        return f"pool {self.name!r}: this user may not write to {self.path!r}; use become"
+
+    def users_of(self, path: str) -> str:
+        """Domains that use a volume; empty for none, or where nobody can tell."""
+        return ""
+
+    def lists(self, name: str) -> bool:
+        """Whether everybody who asks for the pool's volumes is told of this one."""
+        return True
+
+    def refresh(self, deadline: Deadline) -> None:
+        """Make what changed on disk known."""
+
+
+def kind_of(status: os.stat_result) -> t.Optional[str]:
+    """What stands under a volume's name when it is no regular file, as words for a message."""
+    for test, words in (
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    ):
+        if test(status.st_mode):
+            return words
+    return None

@@ -1,0 +1,240 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Pools of a libvirtd on this host whose volumes are files: dir, fs and netfs.
+
+libvirt is asked where a pool is, who uses a volume, and to look again once something changed. It never moves the data, unless
+``method: libvirt`` says so: its own clones of two pools in opposite directions deadlock the daemon (two mutexes, taken in call
+order, in ``storageVolCreateXMLFrom``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import typing as t
+
+from .. import _xml
+from .._deadline import Deadline
+from .._errors import CloneError
+from .directory import DirectoryPool
+
+FILE_POOLS = ("dir", "fs", "netfs")
+_URI = re.compile(r"(?P<driver>[a-z]+)(?:\+(?P<transport>[a-z0-9]+))?://(?P<host>[^/?]*)(?:[/?].*)?", re.IGNORECASE)
+# What a pool answers while jobs run in it (storage_driver.c); the code is INTERNAL_ERROR or OPERATION_INVALID, so only the
+# text tells.
+_BUSY = ("has asynchronous jobs running", "is still being allocated", "is still in use")
+
+
+def _libvirt() -> t.Any:
+    try:
+        import libvirt  # pylint: disable=import-outside-toplevel
+    except ImportError as exc:
+        raise CloneError(
+            "MISSING_DEPENDENCY",
+            "a libvirt pool needs the Python package libvirt-python (python3-libvirt) on the managed host",
+        ) from exc
+    return libvirt
+
+
+class Connection:
+    """One connection to a local libvirtd, opened at the first use."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._connection: t.Any = None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @property
+    def handle(self) -> t.Any:
+        if self._connection is None:
+            libvirt = _libvirt()
+            match = _URI.fullmatch(self.uri)
+            if match is None:
+                raise CloneError("INVALID_ARG", f"uri: {self.uri!r} is no libvirt connection URI")
+            if match.group("host") or (match.group("transport") or "unix").lower() != "unix":
+                raise CloneError("NO_SUPPORT", f"uri: {self.uri!r} is not on this host; run the task on the host that has the pool")
+            # Without this libvirt writes every error to stderr as well.
+            libvirt.registerErrorHandler(lambda _context, _error: None, None)
+            try:
+                self._connection = libvirt.open(self.uri)
+            except libvirt.libvirtError as exc:
+                raise _error(exc, f"connecting to {self.uri} (uri)") from exc
+        return self._connection
+
+    def pool(self, name: str) -> LibvirtPool:
+        """The pool of that name.
+
+        :raises CloneError: ``NO_STORAGE_POOL`` for none, ``NO_SUPPORT`` for one that does not keep files
+        """
+        libvirt = _libvirt()
+        try:
+            pool = self.handle.storagePoolLookupByName(name)
+            described = _xml.pool_target(pool.XMLDesc(0))
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL:
+                raise CloneError("NO_STORAGE_POOL", f"there is no pool {name!r} at {self.uri}") from exc
+            raise _error(exc, f"looking up pool {name!r}") from exc
+        if described.type not in FILE_POOLS:
+            raise CloneError(
+                "NO_SUPPORT",
+                f"pool {name!r} is of type {described.type}; volumes are cloned in pools of the types {', '.join(FILE_POOLS)}",
+            )
+        return LibvirtPool(name, described.target_path or "", described.type, pool, self)
+
+    def users_of(self, path: str) -> str:
+        """Running domains that have a disk, or a layer of one, in the file ``path``."""
+        libvirt = _libvirt()
+        try:
+            domains = self.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        except libvirt.libvirtError:
+            # storage:///system has no domains.
+            return ""
+        wanted = os.stat(path)
+        found = []
+        for domain in domains:
+            try:
+                used = _xml.domain_disks(domain.XMLDesc(0))
+            except libvirt.libvirtError:
+                continue
+            if any(_is_file(disk, wanted) for disk in used):
+                found.append(f"domain {domain.name()!r}")
+        return ", ".join(found[:3])
+
+
+def _is_file(path: str, wanted: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), wanted)
+    except OSError:
+        return False
+
+
+class LibvirtPool(DirectoryPool):
+    """A file pool of libvirt."""
+
+    def __init__(self, name: str, path: str, pool_type: str, pool: t.Any, connection: Connection) -> None:
+        super().__init__(name, path)
+        self.type = pool_type
+        self._pool = pool
+        self._connection = connection
+
+    def is_active(self) -> bool:
+        return bool(self._pool.isActive())
+
+    def denied(self) -> str:
+        """Also notices a read-only connection, which libvirt tells only to somebody who tries to change something.
+
+        Starting a pool that is active changes nothing: the answer is "already active", or "read only access".
+        """
+        libvirt = _libvirt()
+        if self.is_active():
+            try:
+                self._pool.create(0)
+            except libvirt.libvirtError as exc:
+                if exc.get_error_code() in (libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_ACCESS_DENIED):
+                    return f"pool {self.name!r}: {exc.get_error_message()}"
+        return ""
+
+    def cannot_write(self) -> str:
+        """Why this user may not write to the pool's directory; empty when he may."""
+        refusal = super().denied()
+        return f"{refusal} or method=libvirt" if refusal else ""
+
+    def users_of(self, path: str) -> str:
+        return self._connection.users_of(path)
+
+    def lists(self, name: str) -> bool:
+        libvirt = _libvirt()
+        try:
+            self._pool.storageVolLookupByName(name)
+        except libvirt.libvirtError:
+            return False
+        return True
+
+    def refresh(self, deadline: Deadline) -> None:
+        """Look again, once no job is running."""
+
+        def again() -> None:
+            libvirt = _libvirt()
+            try:
+                self._pool.refresh(0)
+            except libvirt.libvirtError:
+                # A refresh that fails leaves a pool inactive that was active before; starting it looks again too.
+                if self._pool.isActive():
+                    raise
+                self._pool.create(0)
+
+        self._patiently(again, "refreshing", deadline)
+
+    def _patiently(self, call: t.Callable[[], t.Any], doing: str, deadline: Deadline) -> t.Any:
+        libvirt = _libvirt()
+        answer: t.List[t.Any] = []
+
+        def attempt() -> bool:
+            try:
+                answer.append(call())
+            except libvirt.libvirtError as exc:
+                if any(text in exc.get_error_message() for text in _BUSY):
+                    return False
+                raise
+            return True
+
+        try:
+            deadline.wait_for(attempt, f"{doing} pool {self.name!r}, which has other jobs running,")
+        except libvirt.libvirtError as exc:
+            raise _error(exc, f"{doing} pool {self.name!r}") from exc
+        return answer[0]
+
+    def volume_xml(self, name: str) -> t.Optional[str]:
+        """libvirt's description of a volume, None for one that it does not know."""
+        libvirt = _libvirt()
+        try:
+            return self._pool.storageVolLookupByName(name).XMLDesc(0)
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_VOL:
+                return None
+            raise _error(exc, f"looking up volume {name!r} of pool {self.name!r}") from exc
+
+    def clone(self, document: str, source: LibvirtPool, source_name: str, flags: int, capacity: int, deadline: Deadline) -> None:
+        """libvirt's own clone call, which ignores a larger capacity for all formats but raw: so the volume is grown after it.
+
+        :raises CloneError: ``STORAGE_VOL_EXIST`` when the name is taken
+        """
+        libvirt = _libvirt()
+        try:
+            original = source._pool.storageVolLookupByName(source_name)
+            volume = self._patiently(lambda: self._pool.createXMLFrom(document, original, flags), "cloning into", deadline)
+            if volume.info()[1] < capacity:
+                volume.resize(capacity, 0)
+        except libvirt.libvirtError as exc:
+            raise _error(exc, f"cloning volume {source_name!r} by libvirt") from exc
+
+
+def _error(exc: t.Any, doing: str) -> CloneError:
+    libvirt = _libvirt()
+    code, text = exc.get_error_code(), exc.get_error_message()
+    known = {
+        libvirt.VIR_ERR_OPERATION_DENIED: "OPERATION_DENIED",
+        libvirt.VIR_ERR_ACCESS_DENIED: "OPERATION_DENIED",
+        libvirt.VIR_ERR_AUTH_FAILED: "OPERATION_DENIED",
+        libvirt.VIR_ERR_AUTH_UNAVAILABLE: "OPERATION_DENIED",
+        libvirt.VIR_ERR_AUTH_CANCELLED: "OPERATION_DENIED",
+        libvirt.VIR_ERR_NO_STORAGE_POOL: "NO_STORAGE_POOL",
+        libvirt.VIR_ERR_NO_STORAGE_VOL: "NO_STORAGE_VOL",
+        libvirt.VIR_ERR_STORAGE_VOL_EXIST: "STORAGE_VOL_EXIST",
+        libvirt.VIR_ERR_NO_SUPPORT: "NO_SUPPORT",
+        libvirt.VIR_ERR_OPERATION_INVALID: "OPERATION_INVALID",
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED: "CONFIG_UNSUPPORTED",
+        libvirt.VIR_ERR_XML_ERROR: "XML_ERROR",
+    }.get(code)
+    if known is None:
+        taken = "already in use" in text or "already exists" in text
+        denied = "ermission denied" in text
+        space = "No space left" in text
+        known = "STORAGE_VOL_EXIST" if taken else "OPERATION_DENIED" if denied else "NO_SPACE" if space else "IO_ERROR"
+    return CloneError(known, f"{doing} failed: {text}")

@@ -1,0 +1,193 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Who else has a file open, and holding a source still while it is read.
+
+Three witnesses, because each sees what the others miss: file leases (any local process, fcntl(2)), the lock bytes of qemu's
+``block/file-posix.c`` (also across hosts on a shared file system), and the descriptors under ``/proc`` (block devices, and
+files that this user does not own).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import stat
+import struct
+import typing as t
+
+from .._errors import CloneError
+
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37  # in Python's fcntl only since 3.9
+# qemu locks byte 100 + n for a permission that it uses, 200 + n for one that it does not share:
+# 0 consistent read, 1 write, 2 write unchanged, 3 resize.
+_READER = (100, 201, 203)
+_WRITERS = (101, 103, 200)
+_ANYBODY = (100, 101, 103, 200, 201, 203)
+_BLKGETSIZE64 = 0x80081272
+
+
+def writers(fd: int) -> str:
+    """Who has the file open for writing, as a phrase for a message; empty when nobody has."""
+    if _qemu_holds(fd, _WRITERS):
+        return _who(fd, writing=True) or "another qemu process"
+    lease = _lease_free(fd, fcntl.F_RDLCK)
+    if lease is None or not lease:
+        names = _who(fd, writing=True)
+        return names or ("" if lease is None else "another process")
+    return ""
+
+
+def users(fd: int) -> str:
+    """Who else has the file open at all, as a phrase for a message; empty when nobody has."""
+    if _qemu_holds(fd, _ANYBODY):
+        return _who(fd, writing=False) or "another qemu process"
+    lease = _lease_free(fd, fcntl.F_WRLCK)
+    if lease is None or not lease:
+        names = _who(fd, writing=False)
+        return names or ("" if lease is None else "another process")
+    return ""
+
+
+class Hold:
+    """Keeps writers away from open source files, and notices one that comes all the same.
+
+    :param files: descriptor and name of every layer
+    """
+
+    def __init__(self, files: t.Sequence[t.Tuple[int, str]]) -> None:
+        self._files = files
+        self._leased: t.List[t.Tuple[int, str]] = []
+        self._before: t.List[t.Tuple[int, int]] = []
+
+    def __enter__(self) -> Hold:
+        # The kernel announces the end of a lease by SIGIO, which would end the process; check() asks instead.
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        try:
+            for fd, name in self._files:
+                for byte in _READER:
+                    _set_lock(fd, fcntl.F_RDLCK, byte)
+                who = writers(fd)
+                if not who and stat.S_ISREG(os.fstat(fd).st_mode):
+                    try:
+                        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+                        self._leased.append((fd, name))
+                    except OSError as exc:
+                        who = "another process" if exc.errno == errno.EAGAIN else ""
+                if who:
+                    raise CloneError("IN_USE", f"{name} is open for writing by {who}")
+                self._before.append(_version(fd))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        while self._leased:
+            fcntl.fcntl(self._leased.pop()[0], fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        for fd, _name in self._files:
+            for byte in _READER:
+                _set_lock(fd, fcntl.F_UNLCK, byte)
+
+    def check(self) -> None:
+        """Raise ``IN_USE`` when somebody has begun to open a source for writing: he waits until we let go."""
+        for fd, name in self._leased:
+            if fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+                raise CloneError("IN_USE", f"{name} was opened for writing while it was read")
+
+    def finish(self) -> None:
+        """Raise ``IN_USE`` unless every source is what it was at the start. To be called before anything is published."""
+        self.check()
+        for (fd, name), before in zip(self._files, self._before):
+            if _version(fd) != before:
+                raise CloneError("IN_USE", f"{name} changed while it was read")
+
+
+def _version(fd: int) -> t.Tuple[int, int]:
+    status = os.fstat(fd)
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (0, 0)
+
+
+def length(fd: int) -> int:
+    """Length in bytes of a regular file or block device."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        return struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
+    return status.st_size
+
+
+def _flock(kind: int, byte: int) -> bytes:
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _set_lock(fd: int, kind: int, byte: int) -> None:
+    try:
+        fcntl.fcntl(fd, _F_OFD_SETLK, _flock(kind, byte))
+    except OSError:
+        # No locks on this file system, or somebody excludes readers: writers() tells which.
+        pass
+
+
+def _qemu_holds(fd: int, lock_bytes: t.Iterable[int]) -> bool:
+    for byte in lock_bytes:
+        try:
+            reply = fcntl.fcntl(fd, _F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+        except OSError:
+            return False
+        if struct.unpack_from("h", reply)[0] != fcntl.F_UNLCK:
+            return True
+    return False
+
+
+def _lease_free(fd: int, kind: int) -> t.Optional[bool]:
+    """Whether a lease of this kind can be had right now; None where leases cannot tell."""
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, kind)
+    except OSError as exc:
+        return False if exc.errno == errno.EAGAIN else None
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
+
+
+def _who(fd: int, writing: bool) -> str:
+    """Processes that have the same file or device open, as far as this user may see them."""
+    status = os.fstat(fd)
+    block = stat.S_ISBLK(status.st_mode)
+    wanted = (status.st_rdev,) if block else (status.st_dev, status.st_ino)
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) == os.getpid():
+            continue
+        try:
+            numbers = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            continue
+        if any(_has_open(pid, number, wanted, block, writing) for number in numbers):
+            found.append(f"{_command(pid)} (pid {pid})")
+    return ", ".join(found[:3])
+
+
+def _has_open(pid: str, number: str, wanted: t.Tuple[int, ...], block: bool, writing: bool) -> bool:
+    try:
+        status = os.stat(f"/proc/{pid}/fd/{number}")
+        if ((status.st_rdev,) if block else (status.st_dev, status.st_ino)) != wanted or stat.S_ISBLK(status.st_mode) != block:
+            return False
+        if not writing:
+            return True
+        with open(f"/proc/{pid}/fdinfo/{number}", encoding="ascii", errors="replace") as info:
+            flags = next((int(line.split()[1], 8) for line in info if line.startswith("flags:")), 0)
+        return flags & os.O_ACCMODE != os.O_RDONLY
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _command(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+            return name.read().strip()
+    except OSError:
+        return "a process"

@@ -1,0 +1,337 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""libvirt's XML: volumes in and out, and the few things we ask of pools and domains.
+
+A volume document may be anyone's. It is read as libvirt reads it (``virStorageVolDefParseXML`` in storage_conf.c), less what
+two readers could understand in two ways: one element each, and only text in it.
+"""
+
+from __future__ import annotations
+
+import re
+import typing as t
+from dataclasses import dataclass
+
+from ._errors import CloneError
+from ._units import quoted, scale
+
+#: Bytes of UTF-8. A volume's document has about two thousand.
+MAX_DOCUMENT = 1 << 20
+
+_VOLUME_TYPES = ("file", "block", "dir", "network", "netdir", "ploop")
+# virStorageFileFormat, without "none", which libvirt refuses here as well.
+_FORMATS = (
+    ("raw", "dir", "bochs", "cloop", "dmg", "iso", "vpc", "vdi", "fat", "vhd", "ploop")
+    + ("cow", "qcow", "qcow2", "qed", "vmdk")
+)  # fmt: skip
+_FEATURES = ("lazy_refcounts", "extended_l2")
+_QCOW2_ONLY = ("compat", "clusterSize", "features")
+_BLANKS = " \t\r\n"
+# uid_t and gid_t; the largest is -1, "leave it".
+_MAX_ID = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class VolumeXML:
+    """What a volume document states; None for what it does not. Sizes in bytes.
+
+    A feature that ``<features>`` does not list is not stated.
+    """
+
+    name: t.Optional[str] = None
+    capacity: t.Optional[int] = None
+    format: t.Optional[str] = None
+    mode: t.Optional[int] = None
+    owner: t.Optional[int] = None
+    group: t.Optional[int] = None
+    compat: t.Optional[str] = None
+    cluster_size: t.Optional[int] = None
+    lazy_refcounts: t.Optional[bool] = None
+    extended_l2: t.Optional[bool] = None
+    nocow: t.Optional[bool] = None
+    backing_path: t.Optional[str] = None
+    backing_format: t.Optional[str] = None
+    encrypted: bool = False
+
+
+@dataclass(frozen=True)
+class PoolXML:
+    """A pool as libvirt describes it. ``target_path`` is None where the pool has none (rbd, gluster, iscsi-direct)."""
+
+    type: str
+    name: str
+    uuid: t.Optional[str] = None
+    target_path: t.Optional[str] = None
+
+
+def parse_volume(document: str) -> VolumeXML:
+    """What a volume document states.
+
+    Output-only elements (``key``, ``physical``, ``target/path``, ``target/timestamps``, …), ``allocation``, labels and elements
+    that libvirt does not know are accepted and ignored, so that what ``virsh vol-dumpxml`` prints can be given back. The name
+    is not judged here: who uses it as a file name has to.
+
+    :raises CloneError: ``XML_ERROR`` for a document that is malformed or says something twice, ``CONFIG_UNSUPPORTED`` for
+        formats and features that do not exist or do not go together, ``INVALID_ARG`` for an unknown unit or too large a size
+    """
+    _refuse_before_parsing(document)
+    root = _parse(document, "volume")
+    volume_type = root.get("type")
+    if volume_type and volume_type not in _VOLUME_TYPES:
+        raise CloneError("CONFIG_UNSUPPORTED", f"xml: unknown volume type {quoted(volume_type)}")
+    name = _text(root, "name")
+    if name == "":
+        raise CloneError("XML_ERROR", "xml: the volume name element is empty")
+    _size(root, "allocation")
+    target = _child(root, "target")
+    image_format = _format(target)
+    _refuse_qcow2_options(target, image_format)
+    compat, features = _compat_and_features(target)
+    mode, owner, group = _permissions(target)
+    backing = _child(root, "backingStore")
+    backing_path = _text(backing, "path") or None
+    _permissions(backing)
+    return VolumeXML(
+        name=name,
+        capacity=_size(root, "capacity"),
+        format=image_format,
+        mode=mode,
+        owner=owner,
+        group=group,
+        compat=compat,
+        # For libvirt 0 is the same as no element.
+        cluster_size=_size(target, "clusterSize") or None,
+        lazy_refcounts="lazy_refcounts" in features or None,
+        extended_l2="extended_l2" in features or None,
+        nocow=_child(target, "nocow") is not None or None,
+        backing_path=backing_path,
+        backing_format=_format(backing) if backing_path else None,
+        encrypted=_child(target, "encryption") is not None,
+    )
+
+
+def volume_xml(
+    *,
+    name: str,
+    capacity: int,
+    allocation: int = 0,
+    format: t.Optional[str] = None,  # pylint: disable=redefined-builtin
+    mode: t.Optional[int] = None,
+    owner: t.Optional[int] = None,
+    group: t.Optional[int] = None,
+    compat: t.Optional[str] = None,
+    cluster_size: t.Optional[int] = None,
+    lazy_refcounts: t.Optional[bool] = None,
+    extended_l2: t.Optional[bool] = None,
+    nocow: t.Optional[bool] = None,
+) -> str:
+    """A volume document for libvirt, valid by its storagevol.rng. Sizes in bytes.
+
+    ``allocation`` is always written: libvirt takes a missing one for the whole capacity.
+
+    :raises CloneError: ``INVALID_ARG`` for a name that XML cannot carry
+    """
+    etree = _etree()
+    root = etree.Element("volume")
+
+    def add(parent: t.Any, tag: str, text: t.Optional[object], **attributes: str) -> None:
+        if text is not None:
+            etree.SubElement(parent, tag, **attributes).text = str(text)
+
+    try:
+        add(root, "name", name)
+    except ValueError:
+        raise CloneError("INVALID_ARG", f"name: {quoted(name)} contains a character that XML cannot carry") from None
+    add(root, "capacity", capacity, unit="bytes")
+    add(root, "allocation", allocation, unit="bytes")
+    target = etree.SubElement(root, "target")
+    if format is not None:
+        etree.SubElement(target, "format", type=format)
+    if (mode, owner, group) != (None, None, None):
+        permissions = etree.SubElement(target, "permissions")
+        add(permissions, "mode", None if mode is None else f"0{mode:o}")
+        add(permissions, "owner", owner)
+        add(permissions, "group", group)
+    add(target, "compat", compat)
+    if nocow:
+        etree.SubElement(target, "nocow")
+    add(target, "clusterSize", cluster_size, unit="bytes")
+    if lazy_refcounts or extended_l2:
+        features = etree.SubElement(target, "features")
+        for tag in [tag for tag, wanted in zip(_FEATURES, (lazy_refcounts, extended_l2)) if wanted]:
+            etree.SubElement(features, tag)
+    return t.cast(str, etree.tostring(root, encoding="unicode", pretty_print=True))
+
+
+def pool_target(document: str) -> PoolXML:
+    """Type, name, uuid and target path of a pool, from what its ``XMLDesc`` returns.
+
+    :raises CloneError: ``XML_ERROR`` when that is no pool document
+    """
+    root = _parse(document, "pool")
+    return PoolXML(
+        type=root.get("type") or "",
+        name=_text(root, "name") or "",
+        uuid=_text(root, "uuid") or None,
+        target_path=_text(_child(root, "target"), "path") or None,
+    )
+
+
+def domain_disks(document: str) -> t.List[str]:
+    """Paths of all files and devices that a domain's disks use: images, backing chains, data files, mirrors.
+
+    Each once, in the order of the domain's ``XMLDesc``. Disks that name a pool and a volume, or a network, have no path there.
+
+    :raises CloneError: ``XML_ERROR`` when that is no domain document
+    """
+    root = _parse(document, "domain")
+    paths = [
+        element.get(attribute)
+        for disk in root.findall("devices/disk")
+        # At any depth: backingStore, mirror and dataStore have sources of their own, and older mirrors are one.
+        for element in disk.iter("source", "mirror")
+        for attribute in ("file", "dev")
+    ]
+    return list(dict.fromkeys(path for path in paths if path))
+
+
+def _etree() -> t.Any:
+    try:
+        from lxml import etree  # type: ignore[import-untyped,unused-ignore]  # pylint: disable=import-outside-toplevel
+    except ImportError as exc:
+        raise CloneError(
+            "MISSING_DEPENDENCY",
+            "xml: volume XML and libvirt pools need the Python package lxml (python3-lxml) on the managed host",
+        ) from exc
+    return etree
+
+
+def _refuse_before_parsing(document: str) -> None:
+    # Parsers before libxml2 2.14 hold many times the document's size.
+    size = len(document.encode("utf-8", "surrogatepass"))
+    if size > MAX_DOCUMENT:
+        raise CloneError("XML_ERROR", f"xml: the document has {size} bytes, more than {MAX_DOCUMENT}")
+    # A document type declares entities: files to read, hosts to connect to, texts that grow without limit. A volume needs none.
+    # Looked for before parsing, because the parser would act on it; a mere mention in a comment is refused as well.
+    if "<!DOCTYPE" in document:
+        raise CloneError("XML_ERROR", "xml: the document has a DOCTYPE, which volume XML may not have")
+
+
+def _parse(document: str, tag: str) -> t.Any:
+    etree = _etree()
+    parser = etree.XMLParser(
+        # What the characters are is known, whatever encoding the document claims; and lxml refuses a str that claims one.
+        encoding="utf-8",
+        resolve_entities=False,
+        no_network=True,
+        load_dtd=False,
+        dtd_validation=False,
+        huge_tree=False,
+        recover=False,
+        # Kept, to be seen: libvirt would join the text around a comment, lxml's .text ends at it.
+        remove_comments=False,
+        remove_pis=False,
+    )
+    try:
+        root = etree.fromstring(document.lstrip(_BLANKS).encode("utf-8"), parser)
+    except UnicodeEncodeError:
+        raise CloneError("XML_ERROR", "xml: the document is not valid text") from None
+    except etree.XMLSyntaxError as exc:
+        raise CloneError("XML_ERROR", f"xml: the document is not well-formed: {_one_line(exc.msg)}") from None
+    if root.getroottree().docinfo.doctype:
+        # With resolve_entities=False an element that holds an entity is read as empty: refuse, or a text goes missing.
+        raise CloneError("XML_ERROR", f"xml: the document has a DOCTYPE, which {tag} XML may not have")
+    if root.tag != tag:
+        raise CloneError("XML_ERROR", f"xml: expecting root element of '{tag}', not {quoted(root.tag)}")
+    return root
+
+
+def _one_line(message: t.Optional[str]) -> str:
+    return " ".join((message or "no element found").split())[:200]
+
+
+def _child(parent: t.Any, name: str) -> t.Any:
+    """The one child element of that name, None where parent or child is missing. Other namespaces' elements are not libvirt's."""
+    found = [] if parent is None else parent.findall(name)
+    if len(found) > 1:
+        # libvirt takes the first, or for a few elements the last: whoever reviewed the document may have seen the other.
+        raise CloneError("XML_ERROR", f"xml: element <{name}> appears {len(found)} times in <{parent.tag}>")
+    return found[0] if found else None
+
+
+def _text(parent: t.Any, name: str) -> t.Optional[str]:
+    """The text of a child element, as it stands: None without the element, "" when it is empty."""
+    element = _child(parent, name)
+    if element is None:
+        return None
+    if len(element):
+        raise CloneError("XML_ERROR", f"xml: element <{name}> contains more than plain text")
+    return element.text or ""
+
+
+def _size(parent: t.Any, name: str) -> t.Optional[int]:
+    number = _text(parent, name)
+    # libvirt takes an empty element for a missing one.
+    return scale(number, _child(parent, name).get("unit"), name) if number else None
+
+
+def _format(parent: t.Any) -> t.Optional[str]:
+    element = _child(parent, "format")
+    value = element.get("type") if element is not None else None
+    if not value:
+        return None
+    if value not in _FORMATS:
+        raise CloneError("CONFIG_UNSUPPORTED", f"xml: unknown volume format type {quoted(value)}")
+    return "raw" if value == "iso" else t.cast(str, value)
+
+
+def _refuse_qcow2_options(target: t.Any, image_format: t.Optional[str]) -> None:
+    for name in _QCOW2_ONLY:
+        if image_format not in (None, "qcow2") and _child(target, name) is not None:
+            raise CloneError("CONFIG_UNSUPPORTED", f"xml: <{name}> is only available with qcow2, not with format {image_format}")
+
+
+def _compat_and_features(target: t.Any) -> t.Tuple[t.Optional[str], t.Sequence[str]]:
+    compat = _text(target, "compat") or None
+    if compat is not None and re.fullmatch(r"[0-9]+\.[0-9]+", compat) is None:
+        raise CloneError("XML_ERROR", f"xml: forbidden characters in 'compat' attribute: {quoted(compat)}")
+    if compat not in (None, "0.10", "1.1"):
+        raise CloneError("CONFIG_UNSUPPORTED", f"xml: compat is 0.10 or 1.1, not {quoted(t.cast(str, compat))}")
+    element = _child(target, "features")
+    if element is None:
+        return compat, ()
+    features = [feature.tag for feature in element.iterchildren("{}*")]
+    for feature in features:
+        if feature not in _FEATURES:
+            raise CloneError("CONFIG_UNSUPPORTED", f"xml: unsupported feature {quoted(feature)}")
+        if compat == "0.10":
+            raise CloneError("CONFIG_UNSUPPORTED", f"xml: {feature} is not supported with compat level 0.10")
+        _child(element, feature)
+    return compat or "1.1", features
+
+
+def _permissions(parent: t.Any) -> t.Tuple[t.Optional[int], t.Optional[int], t.Optional[int]]:
+    """Mode, owner and group (``virStorageDefParsePerms``)."""
+    permissions = _child(parent, "permissions")
+    mode = None
+    text = _text(permissions, "mode")
+    if text:
+        digits = text.lstrip(_BLANKS)
+        if re.fullmatch("[0-7]+", digits) is None or int(digits, 8) > 0o777:
+            raise CloneError("XML_ERROR", f"xml: malformed octal mode {quoted(text)}")
+        mode = int(digits, 8)
+    return mode, _id(permissions, "owner"), _id(permissions, "group")
+
+
+def _id(permissions: t.Any, name: str) -> t.Optional[int]:
+    text = _text(permissions, name)
+    if text is None or text.strip(_BLANKS) == "-1":
+        return None
+    # Decimal, with leading zeros: libvirt reads 0744 as 744 here. The length is bounded before int() sees it.
+    match = re.fullmatch("0*([0-9]{1,10})", text.strip(_BLANKS))
+    if match is None or int(match.group(1)) > _MAX_ID:
+        raise CloneError("XML_ERROR", f"xml: malformed {name} element: {quoted(text)} is not a numeric id")
+    value = int(match.group(1))
+    return None if value == _MAX_ID else value

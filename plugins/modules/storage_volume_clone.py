@@ -1,0 +1,474 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: storage_volume_clone
+short_description: Clone a libvirt storage volume
+version_added: 0.1.0
+author:
+  - The virtforge.libvirt authors (@virtforge)
+description:
+  - Makes a volume that is a clone of another volume, or of any file or block device on the managed host, in a pool.
+  - The volume is declared. Where it exists as stated, nothing is done. Where it is smaller than stated it is grown. Where it
+    differs otherwise, the task fails and names the difference, or replaces it with O(force=true).
+  - A clone shares the blocks of its source where the file system can do that, and is otherwise copied without its holes and
+    zeros. Formats are converted, and backing chains flattened, by C(qemu-img).
+  - A new volume gets its name once it is whole and safely on disk. A task that is killed leaves nothing behind.
+  - A source that is open for writing is refused. To clone the disk of a running virtual machine, make a snapshot first and
+    clone the image that is then no longer written to.
+extends_documentation_fragment:
+  - virtforge.libvirt.attributes
+  - virtforge.libvirt.attributes.actiongroup
+attributes:
+  check_mode:
+    support: full
+    details: Where the pool or the source would have been made by an earlier task, a change is predicted, with a warning.
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+requirements:
+  - C(qemu-img) on the managed host, for all but raw copies
+  - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt; C(lxml) for O(xml)
+options:
+  uri:
+    description:
+      - Connection to libvirt on the managed host. Not used for directory pools.
+      - Taken from the environment variable E(LIBVIRT_DEFAULT_URI) where not stated.
+    type: str
+    default: qemu:///system
+  pool:
+    description:
+      - Pool in which the volume is made, the name of a libvirt pool of the type C(dir), C(fs) or C(netfs), or an absolute
+        path of a directory, which needs no libvirt at all.
+    type: str
+    required: true
+  name:
+    description:
+      - Name of the new volume. One path component.
+      - Made up where neither this nor O(xml) states it. The clone of C(base.qcow2) is C(base-clone.qcow2).
+    type: str
+    aliases: [volume]
+  xml:
+    description:
+      - Volume XML as C(virsh vol-create-from) takes it; what C(virsh vol-dumpxml) prints of a volume describes its clone.
+      - Other parameters win over it. Allocation, labels, and elements that libvirt only prints are ignored.
+    type: str
+  source:
+    description:
+      - Name of the volume in O(source_pool) to clone.
+    type: str
+    aliases: [clone_source, source_volume]
+  source_path:
+    description:
+      - Absolute path of a file or block device on the managed host to clone.
+    type: path
+  source_pool:
+    description:
+      - Pool of the source, as O(pool). With O(source_path), one more pool that a backing file may lie in.
+      - The same as O(pool) where not stated.
+    type: str
+  source_format:
+    description:
+      - Format to read the source as. Without it, a file that begins like an image is read as that, any other as raw, and
+        block devices as raw; a file that could be two formats is refused.
+      - V(raw) clones any bytes as they are.
+    type: str
+  clone_type:
+    description:
+      - V(full) makes a volume that stands alone; it is what is made without this option too.
+      - Where stated, a volume that exists and has a backing store differs.
+    type: str
+    choices: [full]
+  format:
+    description:
+      - Format of the new volume, one of V(raw), V(qcow2), V(vmdk), V(vdi), V(vhdx), V(vpc), V(qed) and V(qcow).
+        V(iso) is read as V(raw).
+      - The source's where not stated.
+    type: str
+  capacity:
+    description:
+      - Size that a guest sees, in libvirt's units (V(40G), V(40GiB), V(40 GB)) or bytes.
+      - Exact, or the smallest size above it that the format can represent. The source's where not stated.
+    type: str
+    aliases: [size]
+  allow_shrink:
+    description:
+      - Permits a O(capacity) smaller than the source's, where the source is raw and nothing but zeros would be cut off.
+    type: bool
+    default: false
+  preallocation:
+    description:
+      - How much of the new volume is backed by storage at once. For raw V(falloc) and V(full), for qcow2 all of them.
+    type: str
+    choices: ['off', metadata, falloc, full]
+    default: 'off'
+  qcow2:
+    description:
+      - Options of a new volume of the format qcow2. What is not stated is as in the source.
+    type: dict
+    suboptions:
+      compat:
+        description: Version of the format, V(0.10) for QEMU before 1.1.
+        type: str
+        choices: ['0.10', '1.1']
+      cluster_size:
+        description: Size of a cluster, with units or in bytes. A power of two from 512 bytes to 2 MiB.
+        type: str
+      lazy_refcounts:
+        description: Whether reference counts are updated late.
+        type: bool
+      extended_l2:
+        description: Whether clusters are divided into subclusters.
+        type: bool
+      compression_type:
+        description: Compression of compressed clusters.
+        type: str
+        choices: [zlib, zstd]
+      refcount_bits:
+        description: Width of a reference count.
+        type: int
+        choices: [1, 2, 4, 8, 16, 32, 64]
+      nocow:
+        description: Whether the file is exempt from copy-on-write, on btrfs.
+        type: bool
+  method:
+    description:
+      - V(auto) shares blocks where it can and copies where not, and says so in RV(volume.fallback_reason).
+      - V(reflink) shares all blocks or fails. V(copy) shares none.
+      - V(libvirt) has libvirt make the clone, for a user who may not write to the pool's directory. It is slower, and
+        a libvirtd that is killed leaves an unfinished volume.
+    type: str
+    choices: [auto, reflink, copy, libvirt]
+    default: auto
+  resize:
+    description:
+      - Whether a volume that exists and is smaller than O(capacity) is grown. If not, the task fails.
+    type: bool
+    default: true
+  compare:
+    description:
+      - What a volume that exists is judged on. V(content) compares its data with the source's too.
+    type: str
+    choices: [metadata, content]
+    default: metadata
+  force:
+    description:
+      - Replace a volume that exists and differs in more than its owner, group, mode, or a smaller capacity.
+    type: bool
+    default: false
+  owner:
+    description:
+      - User that owns the volume, by name or number.
+      - Where not stated, a new volume has the owner, group and mode of a source that is a volume of a pool, else it
+        belongs to the running user with the mode V(0600).
+    type: str
+  group:
+    description:
+      - Group of the volume, by name or number.
+    type: str
+  mode:
+    description:
+      - Mode of the volume, octal and quoted (V('0640')) or symbolic (V(u=rw,g=r)).
+    type: raw
+  seuser:
+    description: User part of the SELinux context. Without any part stated the policy's context is set.
+    type: str
+  serole:
+    description: Role part of the SELinux context.
+    type: str
+  setype:
+    description: Type part of the SELinux context.
+    type: str
+  selevel:
+    description: Level part of the SELinux context.
+    type: str
+  source_in_use:
+    description:
+      - What to do while the source is open for writing.
+    type: str
+    choices: [fail, wait]
+    default: fail
+  lock_timeout:
+    description:
+      - Seconds to wait for another run to finish with the same volume, and for libvirt's jobs in the pool.
+    type: int
+    default: 300
+  timeout:
+    description:
+      - Seconds after which the task gives up and leaves no volume. Without it there is no limit.
+    type: int
+  max_capacity:
+    description:
+      - A source that claims to be larger is refused.
+    type: str
+    default: 64TiB
+seealso:
+  - module: community.libvirt.virt_volume
+notes:
+  - Without root, and for a pool that belongs to root, use C(become).
+"""
+
+EXAMPLES = r"""
+---
+- name: A virtual machine's disk from the golden image
+  virtforge.libvirt.storage_volume_clone:
+    pool: default
+    source: debian-13.qcow2
+    name: web1.qcow2
+    capacity: 40GiB
+
+- name: An LVM volume as a qcow2 file, owned by the hypervisor's user
+  virtforge.libvirt.storage_volume_clone:
+    pool: images
+    source_path: /dev/vg0/web1
+    name: web1.qcow2
+    format: qcow2
+    owner: libvirt-qemu
+    group: kvm
+    mode: '0600'
+
+- name: Install media from a home directory
+  virtforge.libvirt.storage_volume_clone:
+    pool: isos
+    source_path: /home/anna/netinst.iso
+    name: netinst.iso
+
+- name: A clone in a plain directory, without libvirt
+  virtforge.libvirt.storage_volume_clone:
+    pool: /srv/images
+    source: base.qcow2
+    name: test.raw
+    format: raw
+
+- name: The clone that a volume's own XML describes
+  virtforge.libvirt.storage_volume_clone:
+    pool: fast
+    source_pool: default
+    source: base.qcow2
+    xml: |
+      <volume>
+        <name>db1.qcow2</name>
+        <capacity unit='GiB'>100</capacity>
+        <target><format type='qcow2'/></target>
+      </volume>
+"""
+
+RETURN = r"""
+actions:
+  description: What was done, or would be done. Empty when the volume was as stated.
+  returned: success
+  type: list
+  elements: str
+  sample: [created]
+volume:
+  description: The volume. Sizes are in bytes.
+  returned: success
+  type: dict
+  contains:
+    name:
+      description: Its name.
+      type: str
+      returned: success
+      sample: web1.qcow2
+    pool:
+      description: Its pool, as the task names it.
+      type: str
+      returned: success
+      sample: default
+    path:
+      description: Its path.
+      type: str
+      returned: success
+      sample: /var/lib/libvirt/images/web1.qcow2
+    key:
+      description: libvirt's key, which is the path.
+      type: str
+      returned: success
+      sample: /var/lib/libvirt/images/web1.qcow2
+    type:
+      description: Kind of volume.
+      type: str
+      returned: success
+      sample: file
+    format:
+      description: Its format.
+      type: str
+      returned: success
+      sample: qcow2
+    capacity:
+      description: What a guest sees.
+      type: int
+      returned: success
+      sample: 42949672960
+    allocation:
+      description: What it occupies. Null in check mode for a volume that would be made.
+      type: int
+      returned: success
+      sample: 1073741824
+    physical:
+      description: Length of the file. Null in check mode for a volume that would be made.
+      type: int
+      returned: success
+      sample: 1074135040
+    backing:
+      description: Its backing store with C(path), C(format) and C(depth), null for a volume that stands alone.
+      type: dict
+      returned: success
+    owner:
+      description: User that owns it.
+      type: str
+      returned: success
+      sample: libvirt-qemu
+    group:
+      description: Its group.
+      type: str
+      returned: success
+      sample: kvm
+    mode:
+      description: Its mode.
+      type: str
+      returned: success
+      sample: '0600'
+    changed:
+      description: Whether anything was done to it.
+      type: bool
+      returned: success
+      sample: true
+    actions:
+      description: What was done to it, of C(created), C(grown), C(replaced) and C(permissions).
+      type: list
+      elements: str
+      returned: success
+      sample: [created]
+    transfer:
+      description: How the data got there, C(reflink), C(copy), C(convert) or C(libvirt). Null when nothing was made.
+      type: str
+      returned: success
+      sample: reflink
+    shared:
+      description: Whether it shares blocks with another file. Null where that cannot be told, or nothing was made.
+      type: bool
+      returned: success
+      sample: true
+    fallback_reason:
+      description: Why blocks were not shared.
+      type: str
+      returned: success
+      sample: source and target are on different file systems
+    dropped:
+      description: What of the source a conversion could not carry over, of C(snapshots) and C(bitmaps).
+      type: list
+      elements: str
+      returned: success
+      sample: []
+    duration:
+      description: Seconds that it took.
+      type: float
+      returned: success
+      sample: 0.041
+    error_code:
+      description: Null.
+      type: str
+      returned: success
+    msg:
+      description: Null.
+      type: str
+      returned: success
+source:
+  description: The source with C(pool), C(name), C(path), C(format) and C(capacity).
+  returned: success
+  type: dict
+  sample:
+    pool: default
+    name: debian-13.qcow2
+    path: /var/lib/libvirt/images/debian-13.qcow2
+    format: qcow2
+    capacity: 2147483648
+error_code:
+  description:
+    - Kind of failure, after libvirt's own where it has one.
+    - One of V(NO_STORAGE_POOL), V(NO_STORAGE_VOL), V(STORAGE_VOL_EXIST), V(NO_SUPPORT), V(OPERATION_DENIED),
+      V(OPERATION_INVALID), V(XML_ERROR), V(INVALID_ARG), V(CONFIG_UNSUPPORTED), V(NO_SPACE), V(IN_USE), V(DIFFERS),
+      V(TIMEOUT), V(IO_ERROR), V(MISSING_DEPENDENCY), V(UNSAFE_IMAGE) and V(CORRUPT_IMAGE).
+  returned: failure
+  type: str
+  sample: DIFFERS
+"""
+
+import typing as t
+
+from ansible.module_utils.basic import env_fallback
+
+from ..module_utils._clone import executor, request
+from ..module_utils._module import Module, respawn_where_found, run
+
+ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
+    "uri": {"type": "str", "default": "qemu:///system", "fallback": (env_fallback, ["LIBVIRT_DEFAULT_URI"])},
+    "pool": {"type": "str", "required": True},
+    "name": {"type": "str", "aliases": ["volume"]},
+    "xml": {"type": "str"},
+    "source": {"type": "str", "aliases": ["clone_source", "source_volume"]},
+    "source_path": {"type": "path"},
+    "source_pool": {"type": "str"},
+    "source_format": {"type": "str"},
+    "clone_type": {"type": "str", "choices": ["full"]},
+    "format": {"type": "str"},
+    "capacity": {"type": "str", "aliases": ["size"]},
+    "allow_shrink": {"type": "bool", "default": False},
+    "preallocation": {"type": "str", "choices": ["off", "metadata", "falloc", "full"], "default": "off"},
+    "qcow2": {
+        "type": "dict",
+        "options": {
+            "compat": {"type": "str", "choices": ["0.10", "1.1"]},
+            "cluster_size": {"type": "str"},
+            "lazy_refcounts": {"type": "bool"},
+            "extended_l2": {"type": "bool"},
+            "compression_type": {"type": "str", "choices": ["zlib", "zstd"]},
+            "refcount_bits": {"type": "int", "choices": [1, 2, 4, 8, 16, 32, 64]},
+            "nocow": {"type": "bool"},
+        },
+    },
+    "method": {"type": "str", "choices": ["auto", "reflink", "copy", "libvirt"], "default": "auto"},
+    "resize": {"type": "bool", "default": True},
+    "compare": {"type": "str", "choices": ["metadata", "content"], "default": "metadata"},
+    "force": {"type": "bool", "default": False},
+    "owner": {"type": "str"},
+    "group": {"type": "str"},
+    "mode": {"type": "raw"},
+    "seuser": {"type": "str"},
+    "serole": {"type": "str"},
+    "setype": {"type": "str"},
+    "selevel": {"type": "str"},
+    "source_in_use": {"type": "str", "choices": ["fail", "wait"], "default": "fail"},
+    "lock_timeout": {"type": "int", "default": 300},
+    "timeout": {"type": "int"},
+    "max_capacity": {"type": "str", "default": "64TiB"},
+}
+
+
+def clone(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.Any]:
+    pools = [params[name] for name in ("pool", "source_pool") if params[name]]
+    if not all(pool.startswith("/") for pool in pools):
+        respawn_where_found(["libvirt", "lxml.etree"])
+    elif params["xml"] is not None:
+        respawn_where_found(["lxml.etree"])
+    return executor.run(request.from_parameters(params), check_mode)
+
+
+def main() -> None:
+    module = Module(
+        argument_spec=ARGUMENT_SPEC,
+        mutually_exclusive=[["source", "source_path"]],
+        required_one_of=[["source", "source_path"]],
+        supports_check_mode=True,
+    )
+    run(module, clone)
+
+
+if __name__ == "__main__":
+    main()
