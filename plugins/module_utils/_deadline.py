@@ -25,11 +25,15 @@ class Deadline:
         if self._end is not None and time.monotonic() >= self._end:
             raise CloneError("TIMEOUT", f"gave up {doing} after {self.seconds:g} s ({self.parameter})")
 
-    def wait_for(self, attempt: t.Callable[[], bool], doing: str, also: t.Callable[[], None] = lambda: None) -> None:
+    def sooner(self, seconds: float, parameter: str) -> Deadline:
+        """This deadline, or one ``seconds`` from now if that comes first."""
+        other = Deadline(seconds, parameter)
+        return other if self._end is None or t.cast(float, other._end) < self._end else self
+
+    def wait_for(self, attempt: t.Callable[[], bool], doing: str) -> None:
         """Repeat ``attempt`` until it is true, more slowly as time goes by, at most twice a second."""
         pause = 0.01
         while not attempt():
             self.check(doing)
-            also()
             time.sleep(pause)
             pause = min(pause * 1.5, 0.5)

@@ -13,7 +13,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.respawn import has_respawned, probe_interpreters_for_module, respawn_module
 
-from ._errors import CloneError
+from ._errors import CloneError, from_os_error
 
 # Where distributions put the Python that their own packages are for, as in ansible.builtin.dnf and apt.
 _SYSTEM_PYTHONS = ("/usr/libexec/platform-python", "/usr/bin/python3", "/usr/bin/python")
@@ -33,10 +33,11 @@ def run(module: Module, work: t.Callable[[t.Mapping[str, t.Any], bool], t.Dict[s
         outcome = work(module.params, module.check_mode)
     except CloneError as exc:
         module.fail_json(exc.msg, error_code=exc.code)
+    except OSError as exc:
+        error = from_os_error(exc, f"a system call on {exc.filename!r}" if exc.filename else "a system call")
+        module.fail_json(error.msg, error_code=error.code)
     for warning in outcome.pop("warnings", ()):
         module.warn(warning)
-    if not module._diff:  # pylint: disable=protected-access
-        outcome.pop("diff", None)
     module.exit_json(**outcome)
 
 

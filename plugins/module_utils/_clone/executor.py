@@ -53,7 +53,7 @@ def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
             if plan.steps:
                 facts, plan, transfer = _change(scene, facts, deadline)
             if plan.steps or not scene.pool.lists(facts.name):
-                scene.pool.refresh(Deadline(request.lock_timeout, "lock_timeout"))
+                scene.pool.refresh(deadline.sooner(request.lock_timeout, "lock_timeout"))
         return result.build(scene, facts, plan, transfer, time.monotonic() - started)
 
 
@@ -72,7 +72,7 @@ def _change(scene: Scene, facts: Facts, deadline: Deadline) -> t.Tuple[Facts, Pl
     sources = [
         locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers
     ]
-    waiting = Deadline(request.lock_timeout, "lock_timeout")
+    waiting = deadline.sooner(request.lock_timeout, "lock_timeout")
     with locks.Locks(sources, [target], waiting, f"waiting for another run to finish volume {facts.name!r}"):
         for _round in range(_ROUNDS):
             # What another run did while we waited for the lock counts.
@@ -255,9 +255,8 @@ def _create_by_libvirt(scene: Scene, facts: Facts, step: Create, deadline: Deadl
     )
     flags = 1 if step.preallocation == "metadata" else 0  # VIR_STORAGE_VOL_CREATE_PREALLOC_METADATA
     one_at_a_time = [] if pool.name == source_pool.name else ["libvirt-clone"]
-    waiting = Deadline(scene.request.lock_timeout, "lock_timeout")
+    waiting = deadline.sooner(scene.request.lock_timeout, "lock_timeout")
     with locks.Locks([], one_at_a_time, waiting, "waiting for another clone by libvirt"):
-        deadline.check("waiting for libvirt")
         try:
             pool.clone(document, source_pool, t.cast(str, facts.source.name), flags, step.capacity, waiting)
         except CloneError as exc:

@@ -162,14 +162,14 @@ class Scene:
                 raise
             return described
         image = self._add_layer(fd, facts.what, path, block, self.request.source_format)
-        depth = self._open_chain()
+        self._open_chain()
         status = os.fstat(fd)
         return replace(
             facts,
             image=image,
             identity=_identity(status),
             block=block,
-            depth=depth,
+            below=tuple(_identity(os.fstat(layer.fd)) for layer in self.layers[1:]),
             owner=(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode) & 0o777) if pool else None,
         )
 
@@ -206,8 +206,8 @@ class Scene:
         probe.refuse_parents(fd, image_format, what)
         return self.qemu.read(Layer(fd, image_format), what)
 
-    def _open_chain(self) -> int:
-        """Open everything below the topmost image; returns how many layers that is."""
+    def _open_chain(self) -> None:
+        """Open everything below the topmost image."""
         seen = {_identity(os.fstat(self.layers[0].fd))}
         while self.layers[-1].image.backing is not None:
             above = self.layers[-1]
@@ -236,7 +236,6 @@ class Scene:
             image = self._add_layer(fd, what, path, block, recorded or "raw")
             if image.unclean or image.data_file or image.encrypted:
                 raise CloneError("UNSAFE_IMAGE", f"{what} is dirty, encrypted or keeps its data in another file")
-        return len(self.layers) - 1
 
     def _backing_path(self, above: OpenImage) -> str:
         recorded = t.cast(str, above.image.backing)

@@ -54,8 +54,8 @@ class SourceFacts:
     #: device and inode of the file, or the device number of a block device
     identity: t.Optional[t.Tuple[int, ...]] = None
     block: bool = False
-    #: number of images below the topmost
-    depth: int = 0
+    #: identities of the images below the topmost
+    below: t.Tuple[t.Tuple[int, ...], ...] = ()
     #: uid, gid and mode, known only for a file volume of a pool: a clone takes them over
     owner: t.Optional[t.Tuple[int, int, int]] = None
 
@@ -191,6 +191,8 @@ def plan(request: Request, facts: Facts) -> Plan:
     target = facts.target
     if target.identity is not None and target.identity == facts.source.identity:
         raise CloneError("INVALID_ARG", f"{_what(facts)} is the source itself ({facts.source.what})")
+    if target.identity in facts.source.below:
+        raise CloneError("INVALID_ARG", f"{_what(facts)} is a backing store of {facts.source.what}")
     if target.obstacle:
         raise CloneError("STORAGE_VOL_EXIST", f"{_what(facts)} cannot be made: its name is taken by {target.obstacle}")
     result = _existing(request, facts, target.image) if target.image else _absent(request, facts, replaces=False)

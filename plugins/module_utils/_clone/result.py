@@ -40,7 +40,7 @@ def build(
         "type": "file",
         "allocation": on_disk.st_blocks * 512 if on_disk else None,
         "physical": on_disk.st_size if on_disk else None,
-        "backing": {"path": image.backing, "format": image.backing_format or "raw", "depth": 1}
+        "backing": {"path": image.backing, "format": image.backing_format or "raw", "depth": None}
         if image is not None and image.backing is not None
         else None,
         "changed": bool(actions),

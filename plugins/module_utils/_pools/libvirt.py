@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import typing as t
+from contextlib import contextmanager
 
 from .. import _xml
 from .._deadline import Deadline
@@ -36,6 +37,16 @@ def _libvirt() -> t.Any:
             "a libvirt pool needs the Python package libvirt-python (python3-libvirt) on the managed host",
         ) from exc
     return libvirt
+
+
+@contextmanager
+def _translated(doing: str) -> t.Iterator[None]:
+    """libvirt's errors become ours; ``doing`` is the start of the sentence."""
+    libvirt = _libvirt()
+    try:
+        yield
+    except libvirt.libvirtError as exc:
+        raise _error(exc, doing) from exc
 
 
 class Connection:
@@ -61,10 +72,8 @@ class Connection:
                 raise CloneError("NO_SUPPORT", f"uri: {self.uri!r} is not on this host; run the task on the host that has the pool")
             # Without this libvirt writes every error to stderr as well.
             libvirt.registerErrorHandler(lambda _context, _error: None, None)
-            try:
+            with _translated(f"connecting to {self.uri} (uri)"):
                 self._connection = libvirt.open(self.uri)
-            except libvirt.libvirtError as exc:
-                raise _error(exc, f"connecting to {self.uri} (uri)") from exc
         return self._connection
 
     def pool(self, name: str) -> LibvirtPool:
@@ -72,14 +81,9 @@ class Connection:
 
         :raises CloneError: ``NO_STORAGE_POOL`` for none, ``NO_SUPPORT`` for one that does not keep files
         """
-        libvirt = _libvirt()
-        try:
+        with _translated(f"looking up pool {name!r} at {self.uri}"):
             pool = self.handle.storagePoolLookupByName(name)
             described = _xml.pool_target(pool.XMLDesc(0))
-        except libvirt.libvirtError as exc:
-            if exc.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL:
-                raise CloneError("NO_STORAGE_POOL", f"there is no pool {name!r} at {self.uri}") from exc
-            raise _error(exc, f"looking up pool {name!r}") from exc
         if described.type not in FILE_POOLS:
             raise CloneError(
                 "NO_SUPPORT",
@@ -124,7 +128,8 @@ class LibvirtPool(DirectoryPool):
         self._connection = connection
 
     def is_active(self) -> bool:
-        return bool(self._pool.isActive())
+        with _translated(f"looking at pool {self.name!r}"):
+            return bool(self._pool.isActive())
 
     def denied(self) -> str:
         """Also notices a read-only connection, which libvirt tells only to somebody who tries to change something.
@@ -132,12 +137,12 @@ class LibvirtPool(DirectoryPool):
         Starting a pool that is active changes nothing: the answer is "already active", or "read only access".
         """
         libvirt = _libvirt()
-        if self.is_active():
-            try:
+        try:
+            if self._pool.isActive():
                 self._pool.create(0)
-            except libvirt.libvirtError as exc:
-                if exc.get_error_code() in (libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_ACCESS_DENIED):
-                    return f"pool {self.name!r}: {exc.get_error_message()}"
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() in (libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_ACCESS_DENIED):
+                return f"pool {self.name!r}: {exc.get_error_message()}"
         return ""
 
     def cannot_write(self) -> str:
@@ -158,9 +163,9 @@ class LibvirtPool(DirectoryPool):
 
     def refresh(self, deadline: Deadline) -> None:
         """Look again, once no job is running."""
+        libvirt = _libvirt()
 
         def again() -> None:
-            libvirt = _libvirt()
             try:
                 self._pool.refresh(0)
             except libvirt.libvirtError:
@@ -169,50 +174,46 @@ class LibvirtPool(DirectoryPool):
                     raise
                 self._pool.create(0)
 
-        self._patiently(again, "refreshing", deadline)
+        with _translated(f"refreshing pool {self.name!r}"):
+            self._patiently(again, deadline)
 
-    def _patiently(self, call: t.Callable[[], t.Any], doing: str, deadline: Deadline) -> t.Any:
+    def _patiently(self, call: t.Callable[[], t.Any], deadline: Deadline) -> t.Any:
+        """The answer of a call that libvirt refuses while jobs run in the pool."""
         libvirt = _libvirt()
-        answer: t.List[t.Any] = []
+        answers: t.List[t.Any] = []
 
         def attempt() -> bool:
             try:
-                answer.append(call())
+                answers.append(call())
             except libvirt.libvirtError as exc:
-                if any(text in exc.get_error_message() for text in _BUSY):
-                    return False
-                raise
-            return True
+                if not any(text in exc.get_error_message() for text in _BUSY):
+                    raise
+            return bool(answers)
 
-        try:
-            deadline.wait_for(attempt, f"{doing} pool {self.name!r}, which has other jobs running,")
-        except libvirt.libvirtError as exc:
-            raise _error(exc, f"{doing} pool {self.name!r}") from exc
-        return answer[0]
+        deadline.wait_for(attempt, f"waiting for the jobs of pool {self.name!r}")
+        return answers[0]
 
     def volume_xml(self, name: str) -> t.Optional[str]:
         """libvirt's description of a volume, None for one that it does not know."""
         libvirt = _libvirt()
-        try:
-            return self._pool.storageVolLookupByName(name).XMLDesc(0)
-        except libvirt.libvirtError as exc:
-            if exc.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_VOL:
-                return None
-            raise _error(exc, f"looking up volume {name!r} of pool {self.name!r}") from exc
+        with _translated(f"looking up volume {name!r} of pool {self.name!r}"):
+            try:
+                return t.cast(str, self._pool.storageVolLookupByName(name).XMLDesc(0))
+            except libvirt.libvirtError as exc:
+                if exc.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                    raise
+        return None
 
     def clone(self, document: str, source: LibvirtPool, source_name: str, flags: int, capacity: int, deadline: Deadline) -> None:
         """libvirt's own clone call, which ignores a larger capacity for all formats but raw: so the volume is grown after it.
 
         :raises CloneError: ``STORAGE_VOL_EXIST`` when the name is taken
         """
-        libvirt = _libvirt()
-        try:
+        with _translated(f"cloning volume {source_name!r} by libvirt"):
             original = source._pool.storageVolLookupByName(source_name)
-            volume = self._patiently(lambda: self._pool.createXMLFrom(document, original, flags), "cloning into", deadline)
+            volume = self._patiently(lambda: self._pool.createXMLFrom(document, original, flags), deadline)
             if volume.info()[1] < capacity:
                 volume.resize(capacity, 0)
-        except libvirt.libvirtError as exc:
-            raise _error(exc, f"cloning volume {source_name!r} by libvirt") from exc
 
 
 def _error(exc: t.Any, doing: str) -> CloneError:

@@ -76,7 +76,7 @@ class Staging:
         status = os.fstat(self.fd)
         if (status.st_uid, status.st_gid) != (uid, gid):
             os.fchown(self.fd, uid, gid)
-        if label is not None:
+        if label is not None and label != get_label(self.fd):
             set_label(self.fd, label)
         os.fchmod(self.fd, mode)
 

@@ -1,0 +1,373 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The outcome table, row by row: request and facts in, steps or refusal out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
+    Create,
+    Facts,
+    Grow,
+    PoolFacts,
+    SetPermissions,
+    SourceFacts,
+    TargetFacts,
+)
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.request import Mode, Request
+from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
+from ansible_collections.virtforge.libvirt.plugins.module_utils._images.probe import Image, Qcow2Features
+
+MIB = 1 << 20
+QCOW2 = Qcow2Features("1.1", 65536)
+
+
+def image(image_format="qcow2", capacity=100 * MIB, **kwargs):
+    return Image(image_format, capacity, qcow2=QCOW2 if image_format == "qcow2" else None, **kwargs)
+
+
+def facts(source=None, target=None, **kwargs):
+    """Everything answered and harmless, unless a row says otherwise."""
+    source_facts = {"what": "volume 'base' of pool '/p'", "path": "/p/base", "pool": "/p", "name": "base", "identity": (1, 2)}
+    source_facts["owner"] = (64055, 108, 0o640)
+    if source is None:
+        source_facts.update(identity=None, owner=None, gone="volume 'base' of pool '/p' does not exist")
+    values = {
+        "source_writers": "",
+        "target_users": "",
+        "data_beyond": -1,
+        "content_equal": True,
+        "space_missing": 0,
+        "denied": "",
+    }
+    values.update(kwargs)
+    return Facts(
+        PoolFacts("/p", "directory", "/p"),
+        replace(SourceFacts(**source_facts), image=source),
+        TargetFacts(target, (1, 3), None, 64055, 108, 0o640) if target else TargetFacts(),
+        "clone",
+        **values,
+    )
+
+
+def request(**kwargs):
+    return Request(**{"pool": "/p", "source": "base", "name": "clone", **kwargs})
+
+
+def plan(**kwargs):
+    known = {key: kwargs.pop(key) for key in list(kwargs) if key in FACTS}
+    return planner.plan(request(**kwargs), facts(**known))
+
+
+FACTS = ("source", "target", "source_writers", "target_users", "data_beyond", "content_equal", "space_missing", "denied", "check_mode")
+
+
+# --- absent: created ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source, stated, route, image_format, capacity",
+    [
+        (image("raw", 1024512), {}, "copy", "raw", 1024512),
+        (image("raw", 1000), {"format": "qcow2"}, "convert", "qcow2", 1024),
+        (image("raw", 1000), {"capacity": 1001}, "copy", "raw", 1001),
+        (image(), {}, "copy", "qcow2", 100 * MIB),
+        (image(), {"capacity": 300 * MIB}, "copy", "qcow2", 300 * MIB),
+        (image(snapshots=2, bitmaps=1), {"capacity": 300 * MIB}, "copy", "qcow2", 300 * MIB),
+        (image(), {"format": "raw"}, "convert", "raw", 100 * MIB),
+        (image(), {"format": "vpc", "capacity": 100 * MIB + 1}, "convert", "vpc", 100 * MIB + 512),
+        (image("vmdk"), {}, "copy", "vmdk", 100 * MIB),
+        (image("vmdk"), {"capacity": 200 * MIB}, "convert", "vmdk", 200 * MIB),
+        (image("qed"), {"capacity": 200 * MIB}, "copy", "qed", 200 * MIB),
+        (image(backing="base.raw", backing_format="raw"), {}, "convert", "qcow2", 100 * MIB),
+        (image(), {"qcow2": {"cluster_size": 4096}}, "convert", "qcow2", 100 * MIB),
+        (image(), {"qcow2": {"cluster_size": 65536, "compat": "1.1"}}, "copy", "qcow2", 100 * MIB),
+        (image(), {"preallocation": "metadata"}, "convert", "qcow2", 100 * MIB),
+        (image("raw"), {"preallocation": "falloc"}, "copy", "raw", 100 * MIB),
+        (image("raw", encrypted=True), {"capacity": 300 * MIB}, "copy", "raw", 300 * MIB),
+    ],
+)
+def test_an_absent_volume_is_created(source, stated, route, image_format, capacity):
+    result = plan(source=source, **stated)
+    (step,) = result.steps
+    assert isinstance(step, Create)
+    assert (step.route, step.format, step.capacity, step.replaces) == (route, image_format, capacity, False)
+    assert result.actions == ["created"]
+    assert result.before is None
+    assert (result.after.format, result.after.capacity) == (image_format, capacity)
+
+
+def test_a_conversion_names_what_it_drops():
+    result = plan(source=image(snapshots=2, bitmaps=1), format="raw")
+    assert result.steps[0].dropped == ("snapshots", "bitmaps")
+    assert "snapshots and bitmaps" in result.warnings[0]
+
+
+def test_a_copy_drops_nothing():
+    assert plan(source=image(snapshots=2, bitmaps=1)).steps[0].dropped == ()
+
+
+@pytest.mark.parametrize(
+    "stated, expected",
+    [
+        ({}, (64055, 108, 0o640)),
+        ({"mode": Mode("0600")}, (64055, 108, 0o600)),
+        ({"mode": Mode("g+w")}, (64055, 108, 0o660)),
+        ({"owner": 7, "group": 8}, (7, 8, 0o640)),
+    ],
+)
+def test_a_new_volume_takes_over_the_owner_and_mode_of_a_pool_volume(stated, expected):
+    owner = plan(source=image(), **stated).steps[0].owner
+    assert (owner.uid, owner.gid, owner.mode) == expected
+
+
+def test_a_new_volume_of_a_path_is_private():
+    known = facts(source=image())
+    known = replace(known, source=replace(known.source, owner=None), uid=1000, gid=1001)
+    owner = planner.plan(request(), known).steps[0].owner
+    assert (owner.uid, owner.gid, owner.mode) == (1000, 1001, 0o600)
+
+
+def test_a_user_who_may_not_give_files_away_keeps_his_own():
+    known = replace(facts(source=image()), uid=1000, gid=1001, groups=(108,))
+    owner = planner.plan(request(), known).steps[0].owner
+    assert (owner.uid, owner.gid, owner.mode) == (1000, 108, 0o640)
+
+
+# --- exists: unchanged, grown, permissions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source, target, stated",
+    [
+        (image(), image(), {}),
+        (image(), image(), {"capacity": 100 * MIB}),
+        (image(), image(capacity=300 * MIB), {}),
+        (image(), image("vpc", 100 * MIB + 512), {"format": "vpc", "capacity": 100 * MIB + 1}),
+        (image(), image("vpc", 100 * MIB + 70 * 512), {"format": "vpc", "capacity": 100 * MIB}),
+        (image("raw", 1000), image("qcow2", 1024), {"format": "qcow2", "capacity": 1000}),
+        (image(), image(backing="x"), {}),
+        (image(), image(), {"compare": "content"}),
+        (image(), image(), {"owner": 64055, "group": 108, "mode": Mode("0640")}),
+        (image(), image(), {"qcow2": {"cluster_size": 4096}}),
+        (image(unclean="dirty"), image(), {}),
+        (image("raw", 64 << 41), image("raw", 64 << 41), {}),
+    ],
+)
+def test_a_volume_as_stated_is_unchanged(source, target, stated):
+    result = plan(source=source, target=target, source_writers="somebody", space_missing=1, denied="no", **stated)
+    assert result.steps == ()
+    assert result.warnings == ()
+    assert result.before == result.after
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2", "qed"])
+def test_a_smaller_volume_is_grown_in_place(image_format):
+    result = plan(source=image(image_format), target=image(image_format), capacity=300 * MIB)
+    assert result.steps == (Grow(image_format, 300 * MIB),)
+    assert result.actions == ["grown"]
+    assert (result.before.capacity, result.after.capacity) == (100 * MIB, 300 * MIB)
+
+
+def test_growing_and_permissions_go_together():
+    result = plan(source=image(), target=image(), capacity=300 * MIB, mode=Mode("0600"))
+    assert result.actions == ["grown", "permissions"]
+
+
+def test_stated_permissions_that_differ_are_set():
+    result = plan(source=image(), target=image(), owner=7, group=108, mode=Mode("o+r"))
+    (step,) = result.steps
+    assert isinstance(step, SetPermissions)
+    assert (step.owner.uid, step.owner.gid, step.owner.mode) == (7, None, 0o644)
+    assert (result.after.uid, result.after.gid, result.after.mode) == (7, 108, 0o644)
+
+
+def test_a_volume_smaller_than_its_source_is_unchanged_with_a_warning():
+    result = plan(source=image(capacity=300 * MIB), target=image())
+    assert result.steps == ()
+    assert "less than its source" in result.warnings[0]
+
+
+def test_a_volume_in_use_keeps_its_owner_with_a_warning():
+    result = plan(source=image(), target=image(), owner=7, target_users="qemu (pid 1)")
+    assert result.steps == ()
+    assert "open by qemu (pid 1)" in result.warnings[0]
+
+
+def test_a_volume_whose_source_is_gone_is_judged_on_what_is_stated():
+    result = plan(source=None, target=image(), capacity=100 * MIB)
+    assert result.steps == ()
+    assert "does not exist" in result.warnings[0]
+    assert plan(source=None, target=image(), capacity=300 * MIB).actions == ["grown"]
+
+
+# --- force --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target, stated",
+    [
+        (image("raw"), {}),
+        (image(capacity=300 * MIB), {"capacity": 200 * MIB}),
+        (image(backing="x"), {"clone_type": "full"}),
+        (image(), {"compare": "content"}),
+    ],
+)
+def test_a_volume_that_differs_is_replaced_with_force(target, stated):
+    result = plan(source=image(), target=target, force=True, content_equal=False, **stated)
+    (step,) = result.steps
+    assert step.replaces
+    assert result.actions == ["replaced"]
+    with pytest.raises(CloneError) as caught:
+        plan(source=image(), target=target, content_equal=False, **stated)
+    assert caught.value.code == "DIFFERS"
+
+
+def test_force_leaves_a_volume_alone_that_does_not_differ():
+    assert plan(source=image(), target=image(), force=True).steps == ()
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "known, stated, code, text",
+    [
+        ({"source": None}, {}, "NO_STORAGE_VOL", "volume 'base' of pool '/p' does not exist"),
+        ({"source": None, "target": image()}, {"compare": "content"}, "NO_STORAGE_VOL", "compare=content: volume 'base'"),
+        (
+            {"source": None, "target": image(capacity=300 * MIB)},
+            {"capacity": MIB, "force": True},
+            "NO_STORAGE_VOL",
+            "does not exist",
+        ),
+        ({"target": image("raw")}, {}, "DIFFERS", "its format is raw, asked for is qcow2"),
+        (
+            {"target": image(capacity=300 * MIB)},
+            {"capacity": 200 * MIB},
+            "DIFFERS",
+            "its capacity is 314572800 bytes (300 MiB), asked for is 209715200 bytes (200 MiB)",
+        ),
+        ({"target": image("vpc", 300 * MIB)}, {"format": "vpc", "capacity": 200 * MIB}, "DIFFERS", "its capacity is"),
+        ({"target": image(backing="x")}, {"clone_type": "full"}, "DIFFERS", "linked clone of 'x'"),
+        ({"target": image(), "content_equal": False}, {"compare": "content"}, "DIFFERS", "its data is not that of volume 'base'"),
+        ({"target": image()}, {"capacity": 200 * MIB, "resize": False}, "DIFFERS", "resize is false"),
+        *[
+            ({"target": image(name)}, {"capacity": 200 * MIB, "format": name}, "NO_SUPPORT", f"a {name} volume cannot be grown")
+            for name in ("vmdk", "vdi", "vhdx", "vpc", "qcow")
+        ],
+        ({"target": image(), "target_users": "qemu-io (pid 5)"}, {"capacity": 200 * MIB}, "IN_USE", "cannot be grown: it is open by qemu-io"),
+        ({"target": image("raw"), "target_users": "domain 'a'"}, {"force": True}, "IN_USE", "cannot be replaced: it is open by domain"),
+        ({"source_writers": "qemu-io (pid 5)"}, {}, "IN_USE", "volume 'base' of pool '/p' is open for writing by qemu-io (pid 5)"),
+        ({}, {"capacity": MIB}, "INVALID_ARG", "allow_shrink permits it"),
+        ({}, {"capacity": MIB, "allow_shrink": True}, "NO_SUPPORT", "only raw sources can be shrunk, not qcow2"),
+        (
+            {"source": image("raw"), "data_beyond": 12345},
+            {"capacity": MIB, "allow_shrink": True},
+            "INVALID_ARG",
+            "the data at byte 12345 would be cut off",
+        ),
+        ({"space_missing": 4096}, {}, "NO_SPACE", "needs 4096 bytes (4 KiB) more than is free in pool '/p'"),
+        ({"denied": "pool '/p': this user may not write"}, {}, "OPERATION_DENIED", "may not write"),
+        ({"denied": "no", "target": image()}, {"capacity": 200 * MIB}, "OPERATION_DENIED", "no"),
+        ({"source": image(unclean="dirty")}, {}, "CORRUPT_IMAGE", "marked dirty"),
+        ({"source": image(data_file=True)}, {}, "UNSAFE_IMAGE", "another file"),
+        ({"source": image(capacity=65 << 40)}, {}, "UNSAFE_IMAGE", "max_capacity"),
+        ({"source": image("raw")}, {"qcow2": {"compat": "1.1"}}, "INVALID_ARG", "qcow2: ['compat'] has no meaning"),
+        ({"source": image("raw")}, {"preallocation": "metadata"}, "CONFIG_UNSUPPORTED", "preallocation=metadata"),
+        ({"source": image("vdi")}, {"preallocation": "falloc"}, "CONFIG_UNSUPPORTED", "format vdi"),
+        ({}, {"format": "raw", "method": "reflink"}, "NO_SUPPORT", "method=reflink"),
+        ({}, {"method": "libvirt"}, "INVALID_ARG", "method=libvirt needs a libvirt pool"),
+        ({"source": image(encrypted=True)}, {"format": "raw"}, "NO_SUPPORT", "encrypted"),
+        ({}, {"encrypted": True}, "CONFIG_UNSUPPORTED", "<encryption>"),
+        ({}, {"qcow2": {"compat": "0.10", "lazy_refcounts": True}}, "CONFIG_UNSUPPORTED", "qcow2.lazy_refcounts"),
+        ({}, {"qcow2": {"extended_l2": True, "cluster_size": 4096}}, "CONFIG_UNSUPPORTED", "cluster_size of 16384"),
+    ],
+)
+def test_refusals_name_what_is_wrong(known, stated, code, text):
+    with pytest.raises(CloneError) as caught:
+        plan(**{"source": image(), **known}, **stated)
+    assert caught.value.code == code
+    assert text in caught.value.msg
+
+
+def test_the_source_itself_is_no_target():
+    known = facts(source=image(), target=image())
+    known = replace(known, target=replace(known.target, identity=known.source.identity, image=None))
+    with pytest.raises(CloneError, match="is the source itself") as caught:
+        planner.plan(request(), known)
+    assert caught.value.code == "INVALID_ARG"
+
+
+def test_a_backing_store_of_the_source_is_no_target():
+    known = facts(source=image(backing="x"), target=image("raw"))
+    known = replace(known, source=replace(known.source, below=(known.target.identity,)))
+    with pytest.raises(CloneError, match="is a backing store of volume 'base'") as caught:
+        planner.plan(request(force=True), known)
+    assert caught.value.code == "INVALID_ARG"
+
+
+def test_a_name_taken_by_something_else_is_refused_even_with_force():
+    known = replace(facts(source=image()), target=TargetFacts(None, (1, 3), "a directory"))
+    with pytest.raises(CloneError, match="taken by a directory") as caught:
+        planner.plan(request(force=True), known)
+    assert caught.value.code == "STORAGE_VOL_EXIST"
+
+
+def test_a_zero_tail_may_be_cut_off():
+    result = plan(source=image("raw"), capacity=MIB, allow_shrink=True, data_beyond=-1)
+    assert result.steps[0].capacity == MIB
+
+
+def test_a_source_that_will_be_waited_for_is_not_refused():
+    assert plan(source=image(), source_writers="x", source_in_use="wait").actions == ["created"]
+
+
+# --- check mode ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_check_run_expects_the_source_that_an_earlier_task_makes():
+    result = plan(source=None, check_mode=True, capacity=MIB, format="raw")
+    assert result.actions == ["created"]
+    assert "does not exist" in result.warnings[0]
+    assert (result.after.format, result.after.capacity) == ("raw", MIB)
+
+
+def test_a_check_run_expects_the_pool_that_an_earlier_task_makes():
+    known = facts(source=image(), check_mode=True, denied=None)
+    known = replace(known, pool=PoolFacts("p", "unknown", None, "there is no pool 'p'"))
+    result = planner.plan(request(), known)
+    assert result.actions == ["created"]
+    assert "there is no pool 'p'" in result.warnings[0]
+
+
+# --- facts that cost something ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "question, known, stated",
+    [
+        ("source_writers", {}, {}),
+        ("space_missing", {}, {}),
+        ("denied", {}, {}),
+        ("target_users", {"target": image()}, {"capacity": 200 * MIB}),
+        ("target_users", {"target": image()}, {"mode": Mode("0600")}),
+        ("data_beyond", {"source": image("raw")}, {"capacity": MIB, "allow_shrink": True}),
+        ("content_equal", {"target": image()}, {"compare": "content"}),
+    ],
+)
+def test_the_planner_asks_for_what_it_needs(question, known, stated):
+    with pytest.raises(planner.Unanswered) as caught:
+        plan(**{"source": image(), question: None, **known}, **stated)
+    assert caught.value.question == question
+
+
+def test_a_volume_as_stated_needs_no_costly_fact():
+    unknown = dict.fromkeys(("source_writers", "target_users", "data_beyond", "content_equal", "space_missing", "denied"))
+    assert plan(source=image(), target=image(), **unknown).steps == ()
