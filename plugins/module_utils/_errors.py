@@ -60,5 +60,3 @@ def from_os_error(exc: OSError, doing: str) -> CloneError:
     else:
         code = "IO_ERROR"
     return CloneError(code, f"{doing} failed: {exc.strerror or exc}")
-
-

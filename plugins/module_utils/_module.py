@@ -22,12 +22,12 @@ _SYSTEM_PYTHONS = ("/usr/libexec/platform-python", "/usr/bin/python3", "/usr/bin
 class Module(AnsibleModule):
     """An AnsibleModule every failure of which carries an ``error_code``, those of the argument spec too."""
 
-    def fail_json(self, msg: str, **kwargs: t.Any) -> t.NoReturn:
+    def fail_json(self, msg: str, **kwargs: t.Any) -> t.NoReturn:  # type: ignore[misc]  # the super call ends it
         kwargs.setdefault("error_code", "INVALID_ARG")
         super().fail_json(msg, **kwargs)
 
 
-def run(module: Module, work: t.Callable[[t.Mapping[str, t.Any], bool], t.Dict[str, t.Any]]) -> t.NoReturn:
+def run(module: Module, work: t.Callable[[t.Mapping[str, t.Any], bool], t.Dict[str, t.Any]]) -> None:
     """Have ``work`` done with the parameters and in check mode or not, and exit with what it returns or refuses."""
     try:
         outcome = work(module.params, module.check_mode)

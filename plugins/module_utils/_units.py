@@ -36,9 +36,7 @@ def parse_capacity(text: str, parameter: str = "capacity") -> int:
     """
     match = _CAPACITY.fullmatch(text.strip(_BLANKS))
     if match is None:
-        raise CloneError(
-            "INVALID_ARG", f"{parameter}: {quoted(text)} is not a size such as 40GiB, 40 GB or 42949672960"
-        )
+        raise CloneError("INVALID_ARG", f"{parameter}: {quoted(text)} is not a size such as 40GiB, 40 GB or 42949672960")
     return _in_bytes(match.group(1), match.group(2), f"{parameter}: {quoted(text)}")
 
 

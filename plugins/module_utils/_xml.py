@@ -22,7 +22,9 @@ MAX_DOCUMENT = 1 << 20
 
 _VOLUME_TYPES = ("file", "block", "dir", "network", "netdir", "ploop")
 # virStorageFileFormat, without "none", which libvirt refuses here as well.
-_FORMATS = "raw dir bochs cloop dmg iso vpc vdi fat vhd ploop cow qcow qcow2 qed vmdk".split()
+_FORMATS = [
+    *("raw", "dir", "bochs", "cloop", "dmg", "iso", "vpc", "vdi", "fat", "vhd", "ploop", "cow", "qcow", "qcow2", "qed", "vmdk")
+]
 _FEATURES = ("lazy_refcounts", "extended_l2")
 _QCOW2_ONLY = ("compat", "clusterSize", "features")
 _BLANKS = " \t\r\n"

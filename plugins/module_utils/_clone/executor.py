@@ -69,9 +69,7 @@ def _judge(scene: Scene) -> t.Tuple[Facts, Plan]:
 def _change(scene: Scene, facts: Facts, deadline: Deadline) -> t.Tuple[Facts, Plan, t.Optional[Transfer]]:
     request = scene.request
     target = locks.key(os.fstat(scene.pool.fd), facts.name)
-    sources = [
-        locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers
-    ]
+    sources = [locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers]
     waiting = deadline.sooner(request.lock_timeout, "lock_timeout")
     with locks.Locks(sources, [target], waiting, f"waiting for another run to finish volume {facts.name!r}"):
         for _round in range(_ROUNDS):
@@ -102,7 +100,11 @@ def _wait_for_source(scene: Scene, deadline: Deadline) -> None:
 
 def _carry_out(scene: Scene, facts: Facts, step: planner.Step, deadline: Deadline) -> t.Optional[Transfer]:
     if isinstance(step, Create):
-        return _create_by_libvirt(scene, facts, step, deadline) if step.route == "libvirt" else _create(scene, facts, step, deadline)
+        return (
+            _create_by_libvirt(scene, facts, step, deadline)
+            if step.route == "libvirt"
+            else _create(scene, facts, step, deadline)
+        )
     if isinstance(step, Grow):
         _grow_in_place(scene, facts, step, deadline)
     else:
@@ -238,7 +240,9 @@ def _create_by_libvirt(scene: Scene, facts: Facts, step: Create, deadline: Deadl
     """libvirt's own call. Cross-pool calls go one at a time: two in opposite directions hang the daemon."""
     pool, source_pool = t.cast(LibvirtPool, scene.pool), t.cast(LibvirtPool, scene.source_pool)
     if step.replaces:
-        raise CloneError("NO_SUPPORT", f"method=libvirt cannot replace volume {facts.name!r}: it would be gone if the clone fails")
+        raise CloneError(
+            "NO_SUPPORT", f"method=libvirt cannot replace volume {facts.name!r}: it would be gone if the clone fails"
+        )
     features = step.qcow2
     document = _xml.volume_xml(
         name=facts.name,

@@ -97,7 +97,7 @@ class Scene:
             pool = DirectoryPool(name, name) if os.path.isabs(name) else self._connection.pool(name)
             if isinstance(pool, LibvirtPool) and not pool.is_active():
                 raise CloneError("OPERATION_INVALID", f"pool {name!r} is not active")
-            pool.fd  # pylint: disable=pointless-statement
+            pool.open()
         except CloneError as exc:
             if self.check_mode and exc.code in ("NO_STORAGE_POOL", "OPERATION_INVALID"):
                 self._missing[name] = exc.msg
@@ -231,7 +231,8 @@ class Scene:
             if recorded is None and probe.detect(fd, guards.length(fd)):
                 os.close(fd)
                 raise CloneError(
-                    "UNSAFE_IMAGE", f"{above.what} does not record the format of its backing store: set it by qemu-img rebase -u -F"
+                    "UNSAFE_IMAGE",
+                    f"{above.what} does not record the format of its backing store: set it by qemu-img rebase -u -F",
                 )
             image = self._add_layer(fd, what, path, block, recorded or "raw")
             if image.unclean or image.data_file or image.encrypted:
@@ -301,8 +302,8 @@ class Scene:
         size = guards.length(self.target_fd)
         found = probe.detect(self.target_fd, size)
         wanted = target_format(self.request, source.image)
-        if wanted in found:
-            image_format = t.cast(str, wanted)
+        if wanted is not None and wanted in found:
+            image_format = wanted
         elif wanted == "vpc" and found == ("vpc-footer",):
             image_format = "vpc"
         elif not found or found[0] == "vpc-footer":

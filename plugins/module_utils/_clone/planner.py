@@ -439,7 +439,7 @@ def _route(
     if request.method == "reflink":
         raise CloneError(
             "NO_SUPPORT",
-            f"method=reflink shares the blocks of a whole file; making {image_format} of {facts.source.what} needs a conversion",
+            f"method=reflink shares the blocks of a whole file; {image_format} from {facts.source.what} needs a conversion",
         )
     return "convert"
 

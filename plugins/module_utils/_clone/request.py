@@ -104,7 +104,7 @@ class Request:
     #: stated parts of the SELinux context: user, role, type, level
     label: t.Mapping[str, str] = field(default_factory=dict)
     source_in_use: str = "fail"
-    lock_timeout: float = 300
+    lock_timeout: float = 300.0
     timeout: t.Optional[float] = None
     max_capacity: int = 64 << 40
 
@@ -163,11 +163,9 @@ def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
         owner=_user(params["owner"]) if params.get("owner") is not None else xml.owner,
         group=_group(params["group"]) if params.get("group") is not None else xml.group,
         mode=_mode(params.get("mode"), xml.mode),
-        label={
-            part: params[f"se{part}"] for part in ("user", "role", "type", "level") if params.get(f"se{part}") is not None
-        },
+        label={part: params[f"se{part}"] for part in ("user", "role", "type", "level") if params.get(f"se{part}") is not None},
         source_in_use=params.get("source_in_use") or "fail",
-        lock_timeout=_seconds(params, "lock_timeout", 300.0),
+        lock_timeout=t.cast(float, _seconds(params, "lock_timeout", 300.0)),
         timeout=_seconds(params, "timeout", None),
         max_capacity=_units.parse_capacity(params.get("max_capacity") or "64TiB", "max_capacity"),
     )
@@ -182,7 +180,7 @@ def check_name(name: str, parameter: str) -> None:
     try:
         encoded = name.encode("utf-8")
     except UnicodeEncodeError:
-        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(name)} is not valid text") from None
+        raise CloneError("INVALID_ARG", f"{parameter}: {name!a} is not valid text") from None
     if not name:
         problem = "is empty"
     elif "/" in name:
@@ -197,19 +195,19 @@ def check_name(name: str, parameter: str) -> None:
         problem = "is reserved for unfinished volumes"
     if problem:
         shown = name if len(name) <= 80 else name[:77] + "..."
-        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(shown)} {problem}; a volume name is one path component")
+        raise CloneError("INVALID_ARG", f"{parameter}: {shown!a} {problem}; a volume name is one path component")
 
 
 def _check_path(path: str, parameter: str) -> None:
     if "\0" in path or not os.path.isabs(path):
-        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(path)} is not an absolute path")
+        raise CloneError("INVALID_ARG", f"{parameter}: {path!a} is not an absolute path")
 
 
 def _check_pool(pool: str, parameter: str) -> None:
     if not pool or any(unicodedata.category(char) in ("Cc", "Cs") for char in pool):
-        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(pool)} is not the name of a pool")
+        raise CloneError("INVALID_ARG", f"{parameter}: {pool!a} is not the name of a pool")
     if "/" in pool and not os.path.isabs(pool):
-        raise CloneError("INVALID_ARG", f"{parameter}: {ascii(pool)} is neither a pool's name nor an absolute directory")
+        raise CloneError("INVALID_ARG", f"{parameter}: {pool!a} is neither a pool's name nor an absolute directory")
 
 
 def _check_format(value: t.Optional[str], parameter: str) -> t.Optional[str]:
@@ -225,9 +223,7 @@ def _check_format(value: t.Optional[str], parameter: str) -> t.Optional[str]:
     return value
 
 
-def _qcow2_options(
-    given: t.Mapping[str, t.Any], xml: _xml.VolumeXML, image_format: t.Optional[str]
-) -> t.Dict[str, t.Any]:
+def _qcow2_options(given: t.Mapping[str, t.Any], xml: _xml.VolumeXML, image_format: t.Optional[str]) -> t.Dict[str, t.Any]:
     stated = {key: value for key, value in given.items() if value is not None}
     if stated and image_format not in (None, "qcow2"):
         raise CloneError("INVALID_ARG", f"qcow2: {sorted(stated)} has no meaning for format={image_format}")
@@ -257,7 +253,12 @@ def qcow2_features(stated: t.Mapping[str, t.Any], source: t.Optional[Qcow2Featur
     """
     newer = [
         option
-        for option, default in (("lazy_refcounts", False), ("extended_l2", False), ("compression_type", "zlib"), ("refcount_bits", 16))
+        for option, default in (
+            ("lazy_refcounts", False),
+            ("extended_l2", False),
+            ("compression_type", "zlib"),
+            ("refcount_bits", 16),
+        )
         if stated.get(option, default) != default
     ]
     compat = stated.get("compat") or ("1.1" if newer or source is None else source.compat)

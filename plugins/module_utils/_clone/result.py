@@ -20,9 +20,7 @@ if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene
 
 
-def build(
-    scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer], duration: float
-) -> t.Dict[str, t.Any]:
+def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer], duration: float) -> t.Dict[str, t.Any]:
     """The module's result for one clone."""
     actions = plan.actions
     created = next((step for step in plan.steps if isinstance(step, Create)), None)

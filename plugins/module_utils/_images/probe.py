@@ -132,9 +132,7 @@ def read_qcow2(fd: int, size: int, what: str) -> Image:
 
     if len(head) < 72 or head[:4] != b"QFI\xfb":
         raise corrupt("the header is missing or too short")
-    version, backing_at, backing_len, cluster_bits, capacity, crypt, l1_size, l1_at = struct.unpack_from(
-        ">IQIIQIIQ", head, 4
-    )
+    version, backing_at, backing_len, cluster_bits, capacity, crypt, l1_size, l1_at = struct.unpack_from(">IQIIQIIQ", head, 4)
     snapshots = struct.unpack_from(">I", head, 60)[0]
     if version not in (2, 3):
         raise corrupt(f"version {version} is unknown")
@@ -161,7 +159,7 @@ def read_qcow2(fd: int, size: int, what: str) -> Image:
             compression = {0: "zlib", 1: "zstd"}.get(head[104], "unknown")
             if compression == "unknown":
                 raise CloneError("NO_SUPPORT", f"{what} uses compression type {head[104]}, which is not known here")
-    if l1_size and not (0 < l1_at and l1_at + 8 * l1_size <= size):
+    if l1_size and not (l1_at > 0 and l1_at + 8 * l1_size <= size):
         raise corrupt("its L1 table lies outside the file")
     backing_format, bitmaps = _qcow2_extensions(fd, header_len, backing_at or (1 << cluster_bits), corrupt)
     backing = None
@@ -191,9 +189,7 @@ def read_qcow2(fd: int, size: int, what: str) -> Image:
     )
 
 
-def _qcow2_extensions(
-    fd: int, start: int, end: int, corrupt: t.Callable[[str], CloneError]
-) -> t.Tuple[t.Optional[str], int]:
+def _qcow2_extensions(fd: int, start: int, end: int, corrupt: t.Callable[[str], CloneError]) -> t.Tuple[t.Optional[str], int]:
     """Backing format and number of bitmaps from the header extensions."""
     backing_format, bitmaps, at = None, 0, start
     while at + 8 <= end:

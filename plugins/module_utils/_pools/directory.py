@@ -35,7 +35,11 @@ class DirectoryPool:
 
     @property
     def fd(self) -> int:
-        """The open directory.
+        """The directory, opened."""
+        return self.open()
+
+    def open(self) -> int:
+        """Open the directory, unless it is open.
 
         :raises CloneError: ``NO_STORAGE_POOL`` when there is none
         """

@@ -69,7 +69,9 @@ class Connection:
             if match is None:
                 raise CloneError("INVALID_ARG", f"uri: {self.uri!r} is no libvirt connection URI")
             if match.group("host") or (match.group("transport") or "unix").lower() != "unix":
-                raise CloneError("NO_SUPPORT", f"uri: {self.uri!r} is not on this host; run the task on the host that has the pool")
+                raise CloneError(
+                    "NO_SUPPORT", f"uri: {self.uri!r} is not on this host; run the task on the host that has the pool"
+                )
             # Without this libvirt writes every error to stderr as well.
             libvirt.registerErrorHandler(lambda _context, _error: None, None)
             with _translated(f"connecting to {self.uri} (uri)"):
@@ -204,7 +206,9 @@ class LibvirtPool(DirectoryPool):
                     raise
         return None
 
-    def clone(self, document: str, source: LibvirtPool, source_name: str, flags: int, capacity: int, deadline: Deadline) -> None:
+    def clone(
+        self, document: str, source: LibvirtPool, source_name: str, flags: int, capacity: int, deadline: Deadline
+    ) -> None:
         """libvirt's own clone call, which ignores a larger capacity for all formats but raw: so the volume is grown after it.
 
         :raises CloneError: ``STORAGE_VOL_EXIST`` when the name is taken

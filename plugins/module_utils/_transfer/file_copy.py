@@ -148,7 +148,9 @@ def preallocate(fd: int, start: int, end: int, mode: str) -> None:
         os.posix_fallocate(fd, start, end - start)
     except OSError as exc:
         if exc.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise CloneError("NO_SUPPORT", f"preallocation={mode} is not possible: the file system cannot reserve space") from exc
+            raise CloneError(
+                "NO_SUPPORT", f"preallocation={mode} is not possible: the file system cannot reserve space"
+            ) from exc
         raise
     for begin, stop in empty:
         for at in range(begin, stop, _CHUNK):

@@ -17,6 +17,7 @@ import os
 import signal
 import stat
 import struct
+import sys
 import typing as t
 
 from .._errors import CloneError
@@ -115,7 +116,7 @@ def length(fd: int) -> int:
     """Length in bytes of a regular file or block device."""
     status = os.fstat(fd)
     if stat.S_ISBLK(status.st_mode):
-        return struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
+        return int.from_bytes(fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)), sys.byteorder)
     return status.st_size
 
 

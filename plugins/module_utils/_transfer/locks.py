@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import stat
@@ -33,8 +34,8 @@ class Locks:
     for each other."""
 
     def __init__(self, shared: t.Iterable[str], exclusive: t.Iterable[str], deadline: Deadline, doing: str) -> None:
-        wanted = {name: fcntl.LOCK_SH for name in shared}
-        wanted.update({name: fcntl.LOCK_EX for name in exclusive})
+        wanted = dict.fromkeys(shared, fcntl.LOCK_SH)
+        wanted.update(dict.fromkeys(exclusive, fcntl.LOCK_EX))
         self._wanted = sorted(wanted.items())
         self._deadline = deadline
         self._doing = doing
@@ -46,7 +47,7 @@ class Locks:
             for name, kind in self._wanted:
                 fd = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
                 self._held.append(fd)
-                self._deadline.wait_for(lambda fd=fd, kind=kind: _try_lock(fd, kind), self._doing)
+                self._deadline.wait_for(functools.partial(_try_lock, fd, kind), self._doing)
         except OSError as exc:
             self.__exit__()
             raise from_os_error(exc, "taking the lock") from exc

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
     Create,
@@ -65,7 +64,17 @@ def plan(**kwargs):
     return planner.plan(request(**kwargs), facts(**known))
 
 
-FACTS = ("source", "target", "source_writers", "target_users", "data_beyond", "content_equal", "space_missing", "denied", "check_mode")
+FACTS = (
+    "source",
+    "target",
+    "source_writers",
+    "target_users",
+    "data_beyond",
+    "content_equal",
+    "space_missing",
+    "denied",
+    "check_mode",
+)
 
 
 # --- absent: created ----------------------------------------------------------------------------------------------------
@@ -256,15 +265,35 @@ def test_force_leaves_a_volume_alone_that_does_not_differ():
         ),
         ({"target": image("vpc", 300 * MIB)}, {"format": "vpc", "capacity": 200 * MIB}, "DIFFERS", "its capacity is"),
         ({"target": image(backing="x")}, {"clone_type": "full"}, "DIFFERS", "linked clone of 'x'"),
-        ({"target": image(), "content_equal": False}, {"compare": "content"}, "DIFFERS", "its data is not that of volume 'base'"),
+        (
+            {"target": image(), "content_equal": False},
+            {"compare": "content"},
+            "DIFFERS",
+            "its data is not that of volume 'base'",
+        ),
         ({"target": image()}, {"capacity": 200 * MIB, "resize": False}, "DIFFERS", "resize is false"),
         *[
             ({"target": image(name)}, {"capacity": 200 * MIB, "format": name}, "NO_SUPPORT", f"a {name} volume cannot be grown")
             for name in ("vmdk", "vdi", "vhdx", "vpc", "qcow")
         ],
-        ({"target": image(), "target_users": "qemu-io (pid 5)"}, {"capacity": 200 * MIB}, "IN_USE", "cannot be grown: it is open by qemu-io"),
-        ({"target": image("raw"), "target_users": "domain 'a'"}, {"force": True}, "IN_USE", "cannot be replaced: it is open by domain"),
-        ({"source_writers": "qemu-io (pid 5)"}, {}, "IN_USE", "volume 'base' of pool '/p' is open for writing by qemu-io (pid 5)"),
+        (
+            {"target": image(), "target_users": "qemu-io (pid 5)"},
+            {"capacity": 200 * MIB},
+            "IN_USE",
+            "cannot be grown: it is open by qemu-io",
+        ),
+        (
+            {"target": image("raw"), "target_users": "domain 'a'"},
+            {"force": True},
+            "IN_USE",
+            "cannot be replaced: it is open by domain",
+        ),
+        (
+            {"source_writers": "qemu-io (pid 5)"},
+            {},
+            "IN_USE",
+            "volume 'base' of pool '/p' is open for writing by qemu-io (pid 5)",
+        ),
         ({}, {"capacity": MIB}, "INVALID_ARG", "allow_shrink permits it"),
         ({}, {"capacity": MIB, "allow_shrink": True}, "NO_SUPPORT", "only raw sources can be shrunk, not qcow2"),
         (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images import qemu_img
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images.probe import Qcow2Features
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images.qemu_img import Layer
@@ -105,7 +104,8 @@ def test_creation_options(image_format, features, preallocation, expected):
     [
         (
             1,
-            "qemu-img: Could not open '/proc/self/fd/5': Failed to get shared \"write\" lock\nIs another process using the image?",
+            "qemu-img: Could not open '/proc/self/fd/5': Failed to get shared \"write\" lock\n"
+            "Is another process using the image?",
             "IN_USE",
             "volume 'a'",
         ),

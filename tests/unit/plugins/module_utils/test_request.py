@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import pytest
-
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import request
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.request import Mode, made_up_name
 from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
@@ -82,7 +81,22 @@ def test_modes_that_no_volume_has(value):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "a/b", "/etc/passwd", "a\0b", "a\nb", "a\x1b[31m", "a\x7f", "a\x85b", "x" * 256, "ü" * 128, "\ud800", ".virtforge-0123456789abcdef.tmp"],
+    [
+        "",
+        ".",
+        "..",
+        "a/b",
+        "/etc/passwd",
+        "a\0b",
+        "a\nb",
+        "a\x1b[31m",
+        "a\x7f",
+        "a\x85b",
+        "x" * 256,
+        "ü" * 128,
+        "\ud800",
+        ".virtforge-0123456789abcdef.tmp",
+    ],
 )
 @pytest.mark.parametrize("parameter", ["name", "source"])
 def test_names_that_are_refused(parameter, name):
@@ -92,7 +106,9 @@ def test_names_that_are_refused(parameter, name):
     caught.value.msg.encode("utf-8")
 
 
-@pytest.mark.parametrize("name", ["a", "x" * 255, "ü" * 127, "a b", "a,b", "-f", "a'b\"c", "json:{}", "nbd:x", ".hidden", "日本", "a:b", "%s"])
+@pytest.mark.parametrize(
+    "name", ["a", "x" * 255, "ü" * 127, "a b", "a,b", "-f", "a'b\"c", "json:{}", "nbd:x", ".hidden", "日本", "a:b", "%s"]
+)
 def test_names_that_are_fine(name):
     assert build(name=name).name == name
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import pytest
-
 from ansible_collections.virtforge.libvirt.plugins.module_utils import _units
 from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
 
@@ -56,7 +55,7 @@ def test_what_is_no_size_is_refused_by_parameter_and_value(text):
     with pytest.raises(CloneError) as caught:
         _units.parse_capacity(text, "max_capacity")
     assert caught.value.code == "INVALID_ARG"
-    assert caught.value.msg == (f"max_capacity: {ascii(text)} is not a size such as 40GiB, 40 GB or 42949672960")
+    assert caught.value.msg == (f"max_capacity: {text!a} is not a size such as 40GiB, 40 GB or 42949672960")
 
 
 @pytest.mark.parametrize("unit", ["x", "gi", "kbb", "bit", "gigabyte", "ki", "z", "zib", "bib", "by"])
@@ -69,9 +68,7 @@ def test_an_unknown_suffix_is_named(unit):
     )
 
 
-@pytest.mark.parametrize(
-    "text", ["9223372036854775808", "8E", "8388608TiB", "10EB", "99999999999999999999", "9999999T"]
-)
+@pytest.mark.parametrize("text", ["9223372036854775808", "8E", "8388608TiB", "10EB", "99999999999999999999", "9999999T"])
 def test_more_than_a_file_can_have_is_refused(text):
     with pytest.raises(CloneError) as caught:
         _units.parse_capacity(text)
@@ -102,7 +99,7 @@ def test_a_malformed_number_in_xml(number):
         _units.scale(number, "GiB", "capacity")
     assert (caught.value.code, caught.value.msg) == (
         "XML_ERROR",
-        f"xml: malformed capacity element: {ascii(number)} is not a decimal number",
+        f"xml: malformed capacity element: {number!a} is not a decimal number",
     )
 
 
@@ -112,7 +109,7 @@ def test_an_unknown_unit_in_xml(unit):
         _units.scale("10", unit, "allocation")
     assert (caught.value.code, caught.value.msg) == (
         "INVALID_ARG",
-        f"xml: element <allocation>, '10', has the unknown suffix {ascii(unit)}",
+        f"xml: element <allocation>, '10', has the unknown suffix {unit!a}",
     )
 
 

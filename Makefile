@@ -1,0 +1,35 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# The developer interface. Each target installs what it needs into .venv, or by apt where root.
+
+.PHONY: help demo test lint bench docs clean
+
+help:
+	@echo "make demo   clone volumes in directory pools, twice; the second run changes nothing"
+	@echo "make test   all tests and lint; as root, they start a libvirtd of their own"
+	@echo "make lint   ansible-lint, ruff, mypy, changelog"
+	@echo "make bench  not there yet: the benchmark comes with a later release"
+	@echo "make docs   not there yet: the guides come with a later release"
+
+demo:
+	@tests/tools/prepare demo
+	@tests/tools/demo
+
+test:
+	@tests/tools/prepare test
+	@tests/tools/test
+
+lint:
+	@tests/tools/prepare lint
+	@tests/tools/lint
+
+bench:
+	@echo "There is no benchmark yet; it comes with a later release."
+
+docs:
+	@echo "There are no guides yet; 'ansible-doc virtforge.libvirt.storage_volume_clone' shows the module's documentation."
+
+clean:
+	rm -rf .venv
