@@ -1,0 +1,168 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Fixtures: file systems on loop devices, images, a libvirtd. All of it ends with the namespaces of tests/tools/system."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+import harness
+from harness import MIB, run
+
+FILE_SYSTEMS = ("xfs", "btrfs", "ext4")
+ALLOWED_SKIPS = harness.ROOT / "tests" / "allowed-skips.txt"
+
+
+def pytest_configure(config):
+    if os.environ.get("VIRTFORGE_PRIVATE") != "yes":
+        raise pytest.UsageError("run these tests by tests/tools/system: they need root and namespaces of their own")
+    config.skipped = []
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    if report.skipped:
+        item.config.skipped.append(
+            (item.nodeid, str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr))
+        )
+
+
+def pytest_sessionfinish(session):
+    allowed = [line.split(":", 1)[0] for line in ALLOWED_SKIPS.read_text().splitlines() if line and not line.startswith("#")]
+    session.config.unlisted = [skip for skip in session.config.skipped if not any(skip[0].startswith(name) for name in allowed)]
+    if session.config.unlisted and session.exitstatus == 0:
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for test, reason in config.skipped:
+        listed = "not on the list of allowed skips" if (test, reason) in config.unlisted else "allowed"
+        terminalreporter.write_line(f"SKIPPED {test}: {reason} ({listed})")
+    if not config.skipped:
+        terminalreporter.write_line("No test was skipped.")
+
+
+@pytest.fixture(scope="session")
+def scratch():
+    """A directory on the disk of the machine."""
+    place = Path(tempfile.mkdtemp(prefix="virtforge-test.", dir="/var/tmp"))
+    place.chmod(0o755)
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library(scratch):
+    """Where the system's Python finds ansible and the collection, and nothing else of .venv."""
+    place = scratch / "library"
+    (place / "ansible_collections" / "virtforge").mkdir(parents=True)
+    (place / "ansible_collections" / "virtforge" / "libvirt").symlink_to(harness.ROOT)
+    (place / "ansible").symlink_to(Path(importlib.util.find_spec("ansible").origin).parent)
+    harness.library = str(place)
+
+
+def make_file_system(kind, image, size, place):
+    """A file system in a file, mounted."""
+    with open(image, "wb") as file:
+        file.truncate(size)
+    options = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}[kind]
+    run(f"mkfs.{kind}", *options, image)
+    place.mkdir()
+    device = run("losetup", "-f", "--show", image).strip()
+    try:
+        run("mount", device, place)
+    finally:
+        # Gone for good with the last mount.
+        run("losetup", "-d", device)
+    place.chmod(0o755)
+    return place
+
+
+@pytest.fixture(scope="session")
+def file_systems(scratch):
+    mounts = {kind: make_file_system(kind, scratch / f"{kind}.img", 6 << 30, scratch / kind) for kind in FILE_SYSTEMS}
+    yield mounts
+    for place in mounts.values():
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.fixture
+def small_file_system(scratch):
+    """Makes small file systems that end with the test."""
+    made = []
+
+    def make(kind, size):
+        number = len(made)
+        image = scratch / f"small-{os.getpid()}-{number}.img"
+        place = make_file_system(kind, image, size, scratch / f"small-{os.getpid()}-{number}")
+        made.append((image, place))
+        return place
+
+    yield make
+    for image, place in made:
+        run("umount", "-l", place)
+        place.rmdir()
+        image.unlink()
+
+
+_numbers = iter(range(1 << 30))
+
+
+def new_directory(base):
+    place = base / f"pool{next(_numbers)}"
+    place.mkdir()
+    place.chmod(0o755)
+    return place
+
+
+@pytest.fixture
+def pool(file_systems):
+    """A directory pool on XFS."""
+    place = new_directory(file_systems["xfs"])
+    yield place
+    assert not harness.leftovers(place)
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def pool2(pool):
+    yield from _second(pool.parent)
+
+
+def _second(base):
+    place = new_directory(base)
+    yield place
+    assert not harness.leftovers(place)
+    shutil.rmtree(place)
+
+
+@pytest.fixture(params=FILE_SYSTEMS)
+def any_pool(request, file_systems):
+    """A directory pool on each file system in turn."""
+    yield from _second(file_systems[request.param])
+
+
+@pytest.fixture
+def raw(pool):
+    """64 MiB with 3 MiB of data."""
+    return harness.make_raw(pool / "base.raw", 64 * MIB)
+
+
+@pytest.fixture
+def qcow2(pool, raw):
+    """64 MiB with 3 MiB of data."""
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, pool / "base.qcow2")
+    return pool / "base.qcow2"

@@ -1,0 +1,300 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the tests share: the module in a fresh process, images, fingerprints."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+#: The interpreter that has libvirt-python and lxml.
+PYTHON = "/usr/bin/python3"
+MIB = 1 << 20
+GIB = 1 << 30
+STAGED = ".virtforge-"
+
+#: directories of the libvirt pools that a test made, by name
+pools: dict[str, Path] = {}
+#: where PYTHON finds ansible and the collection; set by conftest
+library = ""
+
+
+def command(params, *, check=False, diff=True, module="storage_volume_clone", python=PYTHON):
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in params.items()}
+    arguments.update(
+        _ansible_check_mode=check, _ansible_diff=diff, _ansible_remote_tmp="/var/tmp", _ansible_keep_remote_files=False
+    )
+    return [python, str(HERE / "driver.py"), module, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})]
+
+
+def environment(**more):
+    return {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONPATH": library,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **more,
+    }
+
+
+def start(params, *, prefix=(), env=None, **options):
+    """The module in a process of its own session."""
+    return subprocess.Popen(
+        [*prefix, *command(params, **options)],
+        env=environment(**(env or {})),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def result_of(process, timeout=300):
+    out, err = process.communicate(timeout=timeout)
+    assert "Traceback" not in err, err
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    assert lines, f"no result, status {process.returncode}: {out}{err}"
+    result = json.loads(lines[-1])
+    assert "Traceback" not in json.dumps(result), result
+    assert bool(result.get("failed")) == (process.returncode != 0)
+    return result
+
+
+def module(params, *, untouched=(), **options):
+    """Result of one run, and proof that its source was left as it was."""
+    paths = [*source_paths(params), *untouched]
+    before = [fingerprint(path) for path in paths]
+    result = result_of(start(params, **options))
+    assert [fingerprint(path) for path in paths] == before, f"the source was changed by {params}"
+    return result
+
+
+def check(**params):
+    """Result of a check run, which must leave both pools as they were."""
+    places = [
+        place for place in {pool_path(params.get("pool")), pool_path(params.get("source_pool"))} if place and place.is_dir()
+    ]
+    before = [listing(place) for place in places]
+    result = module(params, check=True)
+    assert [listing(place) for place in places] == before, "the check run changed something"
+    return result
+
+
+def clone(**params):
+    """Result of a run that must succeed."""
+    result = module(params)
+    assert not result.get("failed"), result
+    return result
+
+
+def settle(**params):
+    """Check run, run, second run: the first tells the truth and the last has nothing to do. The result of the run."""
+    predicted = check(**params)
+    assert not predicted.get("failed"), predicted
+    result = clone(**params)
+    for key in ("changed", "actions", "diff"):
+        assert predicted[key] == result[key], (key, predicted[key], result[key])
+    again = clone(**params)
+    # A replacement is asked for each time that something differs; after it nothing does.
+    assert (again["changed"], again["actions"]) == (False, []), again
+    return result
+
+
+def refused(code, **params):
+    """Message of a run, and of a check run, that must fail with this error code and make nothing."""
+    place = pool_path(params.get("pool"))
+    before = listing(place) if place and place.is_dir() else None
+    messages = []
+    for mode in (True, False):
+        result = module(params, check=mode)
+        assert result.get("failed"), f"check mode {mode}: no failure: {result}"
+        assert result["error_code"] == code, result
+        messages.append(result["msg"])
+    assert before == (listing(place) if place and place.is_dir() else None)
+    message = messages[1]
+    assert message and "\n" not in message.strip(), message
+    return message
+
+
+def pool_path(pool):
+    if not pool or "\0" in str(pool):
+        return None
+    return Path(pool) if str(pool).startswith("/") else pools.get(str(pool))
+
+
+def source_paths(params):
+    path = params.get("source_path")
+    if path is None and params.get("source"):
+        place = pool_path(params.get("source_pool") or params.get("pool"))
+        path = place / str(params["source"]) if place and len(str(params["source"])) < 256 else None
+    try:
+        return [Path(path)] if path is not None and Path(path).is_file() else []
+    except (OSError, ValueError):
+        return []
+
+
+def data_of(path):
+    """Hash of a file's data; its holes count as nothing, so a hole that was filled shows."""
+    digest = hashlib.sha256()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size, at = os.fstat(fd).st_size, 0
+        while at < size:
+            try:
+                at = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError:
+                break
+            end = os.lseek(fd, at, os.SEEK_HOLE)
+            digest.update(b"%d-%d" % (at, end))
+            while at < end:
+                block = os.pread(fd, min(4 * MIB, end - at), at)
+                digest.update(block)
+                at += len(block)
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
+
+
+def flags_of(path):
+    """The inode's flags, as lsattr shows them; btrfs and XFS set none by being read."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, 0x80086601, bytes(8))[:4], "little")
+    finally:
+        os.close(fd)
+
+
+def fingerprint(path):
+    """All that must not change of a source: bytes, times but for the access time, owner, mode, attributes."""
+    status = os.stat(path)
+    attributes = {name: os.getxattr(path, name) for name in os.listxattr(path)}
+    identity = (status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_size)
+    return (str(path), identity, status.st_mtime_ns, status.st_ctime_ns, attributes, flags_of(path), data_of(path))
+
+
+def listing(place):
+    """Everything in a directory, with what changes when somebody touches it."""
+    found = {}
+    for entry in sorted(os.scandir(place), key=lambda item: item.name):
+        status = entry.stat(follow_symlinks=False)
+        found[entry.name] = (
+            status.st_ino,
+            status.st_size,
+            status.st_mode,
+            status.st_uid,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
+    return found
+
+
+def leftovers(place):
+    return [name for name in os.listdir(place) if name.startswith(STAGED)]
+
+
+def run(*arguments, **options):
+    done = subprocess.run([str(argument) for argument in arguments], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def info(path, image_format):
+    return json.loads(run("qemu-img", "info", "-U", "--output=json", "-f", image_format, path))
+
+
+def same_content(source, source_format, target, target_format):
+    """Whether a guest sees the same; zeros after the end of the shorter count as nothing."""
+    done = subprocess.run(
+        ["qemu-img", "compare", "-U", "-f", source_format, "-F", target_format, str(source), str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode == 0
+
+
+def allocated(path):
+    return os.stat(path).st_blocks * 512
+
+
+def write_at(path, at, data):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def make_raw(path, size, pieces=((0, 1), (50, 2)), unit=MIB):
+    """A raw image with random-looking data at (place, length) in units."""
+    with open(path, "wb") as file:
+        for at, length in pieces:
+            file.seek(at * unit)
+            file.write(noise(length * unit, seed=at))
+        file.truncate(size)
+    return Path(path)
+
+
+def noise(length, seed=0):
+    return hashlib.shake_256(b"%d" % seed).digest(length)
+
+
+def processes_with(text):
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            if text in words:
+                found.append(words)
+    return found
+
+
+def wait_until(true, seconds=10):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+def kill(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream:
+            stream.close()
+
+
+@contextlib.contextmanager
+def held(path, image_format="raw", writable=True):
+    """qemu-io with the image open."""
+    mode = [] if writable else ["-r"]
+    process = subprocess.Popen(
+        ["qemu-io", *mode, "-f", image_format, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        # It answers a command once the image is open.
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert "GiB" in answer or "MiB" in answer or "KiB" in answer or "bytes" in answer, answer
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
