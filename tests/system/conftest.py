@@ -166,3 +166,51 @@ def qcow2(pool, raw):
     """64 MiB with 3 MiB of data."""
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, pool / "base.qcow2")
     return pool / "base.qcow2"
+
+
+@pytest.fixture(scope="session")
+def libvirtd(scratch):
+    """A libvirtd, at qemu:///system of these namespaces."""
+    with open(scratch / "libvirtd.log", "w", encoding="utf-8") as log:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        daemons = [subprocess.Popen([name], **streams) for name in ("virtlogd", "libvirtd")]
+    try:
+        # "virsh version" would also ask for an emulator.
+        harness.wait_until(lambda: harness.virsh_status("pool-list") == 0, 60)
+        yield daemons[1]
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(30)
+
+
+def make_pool(name, place, kind="dir"):
+    harness.virsh("pool-define-as", name, kind, "--target", place)
+    harness.virsh("pool-start", name)
+    harness.pools[name] = place
+    return name
+
+
+def remove_pool(name):
+    harness.virsh_status("pool-destroy", name)
+    harness.virsh_status("pool-undefine", name)
+    harness.pools.pop(name, None)
+
+
+@pytest.fixture
+def libvirt_pool(libvirtd, pool):
+    """A pool of libvirt on XFS: its name; its directory is ``pool``."""
+    yield make_pool(pool.name, pool)
+    remove_pool(pool.name)
+
+
+@pytest.fixture
+def libvirt_pool2(libvirtd, pool2):
+    yield make_pool(pool2.name, pool2)
+    remove_pool(pool2.name)
+
+
+@pytest.fixture(params=["directory", "libvirt"])
+def either(request, pool):
+    """How the task names the pool: its directory, and as a pool of libvirt."""
+    return str(pool) if request.param == "directory" else request.getfixturevalue("libvirt_pool")

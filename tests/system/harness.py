@@ -129,6 +129,11 @@ def refused(code, **params):
     return message
 
 
+def warnings(result):
+    """Its warnings as texts, whatever ansible-core makes of them."""
+    return [str(warning) for warning in result.get("warnings", [])]
+
+
 def pool_path(pool):
     if not pool or "\0" in str(pool):
         return None
@@ -147,22 +152,20 @@ def source_paths(params):
 
 
 def data_of(path):
-    """Hash of a file's data; its holes count as nothing, so a hole that was filled shows."""
+    """Hash of a file's data, in which zeros and holes count as the same: writeback moves the holes' edges."""
     digest = hashlib.sha256()
     fd = os.open(path, os.O_RDONLY)
     try:
         size, at = os.fstat(fd).st_size, 0
         while at < size:
             try:
-                at = os.lseek(fd, at, os.SEEK_DATA)
+                at = os.lseek(fd, at, os.SEEK_DATA) // MIB * MIB
             except OSError:
                 break
-            end = os.lseek(fd, at, os.SEEK_HOLE)
-            digest.update(b"%d-%d" % (at, end))
-            while at < end:
-                block = os.pread(fd, min(4 * MIB, end - at), at)
-                digest.update(block)
-                at += len(block)
+            block = os.pread(fd, MIB, at)
+            if block.count(0) != len(block):
+                digest.update(b"%d" % at + block)
+            at += MIB
     finally:
         os.close(fd)
     return digest.hexdigest()
@@ -298,3 +301,11 @@ def held(path, image_format="raw", writable=True):
     finally:
         process.kill()
         process.communicate()
+
+
+def virsh(*arguments, uri="qemu:///system"):
+    return run("virsh", "-q", "-c", uri, *arguments)
+
+
+def virsh_status(*arguments, uri="qemu:///system"):
+    return subprocess.run(["virsh", "-q", "-c", uri, *map(str, arguments)], capture_output=True, check=False).returncode
