@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 
 import harness
+import images
 from harness import MIB, run
 
 FILE_SYSTEMS = ("xfs", "btrfs", "ext4")
@@ -214,3 +215,10 @@ def libvirt_pool2(libvirtd, pool2):
 def either(request, pool):
     """How the task names the pool: its directory, and as a pool of libvirt."""
     return str(pool) if request.param == "directory" else request.getfixturevalue("libvirt_pool")
+
+
+@pytest.fixture(scope="session")
+def gallery(file_systems):
+    """A directory on XFS with the images of ``images.make_all``, and what they are."""
+    place = new_directory(file_systems["xfs"])
+    return place, images.make_all(place)

@@ -98,10 +98,12 @@ def create(target: Layer, options: t.List[str], capacity: int) -> t.List[str]:
 def convert(layers: t.Sequence[Layer], target: Layer, options: t.List[str], exists: bool) -> t.List[str]:
     """Convert into a new image, or into one that ``create`` has just made and that so reads as zeros.
 
-    ``-W`` lets writes land out of order: a staged file has no reader that would mind.
+    ``-W`` lets writes land out of order: a staged file has no reader that would mind. For raw and qcow2 only: QEMU's qed driver
+    aborts on it (assertion "allocating_acb == NULL" in 7.2).
     """
+    order = ["-W"] if target.format in ("raw", "qcow2") else []
     into = ["-n", "--target-is-zero"] if exists else options
-    return ["convert", "-W", *into, "-O", target.format, *source_arguments(layers), target.path]
+    return ["convert", *order, *into, "-O", target.format, *source_arguments(layers), target.path]
 
 
 def resize(target: Layer, capacity: int, preallocation: str) -> t.List[str]:
@@ -234,7 +236,7 @@ def _failure(status: int, stderr: str, names: t.Mapping[int, str], doing: str) -
         text = re.sub(rf"'?/proc/self/fd/{fd}\b'?", name, text)
     text = "; ".join(line.replace("qemu-img: ", "", 1) for line in text.splitlines()[-3:]) or f"exit status {status}"
     if status < 0:
-        text = f"qemu-img was ended by signal {signal.Signals(-status).name}"
+        text = f"qemu-img was ended by signal {signal.Signals(-status).name}" + (f" ({text})" if stderr.strip() else "")
     if _LOCKED.search(text):
         return CloneError("IN_USE", f"{doing} failed: another process has the image open ({text})")
     if "No space left on device" in text or "Disk quota exceeded" in text:

@@ -21,15 +21,27 @@ QCOW2, RAW, TARGET = Layer(5, "qcow2"), Layer(6, "raw"), Layer(9, "vmdk")
     [
         (
             qemu_img.convert([QCOW2], TARGET, [], exists=False),
-            "convert -W -O vmdk -f qcow2 /proc/self/fd/5 /proc/self/fd/9",
+            "convert -O vmdk -f qcow2 /proc/self/fd/5 /proc/self/fd/9",
+        ),
+        (
+            qemu_img.convert([QCOW2], Layer(9, "raw"), [], exists=True),
+            "convert -W -n --target-is-zero -O raw -f qcow2 /proc/self/fd/5 /proc/self/fd/9",
+        ),
+        (
+            qemu_img.convert([RAW], Layer(9, "qcow2"), [], exists=False),
+            "convert -W -O qcow2 -f raw /proc/self/fd/6 /proc/self/fd/9",
+        ),
+        (
+            qemu_img.convert([RAW], Layer(9, "qed"), [], exists=False),
+            "convert -O qed -f raw /proc/self/fd/6 /proc/self/fd/9",
         ),
         (
             qemu_img.convert([QCOW2], Layer(9, "vpc"), ["-o", "force_size=on"], exists=False),
-            "convert -W -o force_size=on -O vpc -f qcow2 /proc/self/fd/5 /proc/self/fd/9",
+            "convert -o force_size=on -O vpc -f qcow2 /proc/self/fd/5 /proc/self/fd/9",
         ),
         (
             qemu_img.convert([RAW], TARGET, ["-o", "ignored=1"], exists=True),
-            "convert -W -n --target-is-zero -O vmdk -f raw /proc/self/fd/6 /proc/self/fd/9",
+            "convert -n --target-is-zero -O vmdk -f raw /proc/self/fd/6 /proc/self/fd/9",
         ),
         (qemu_img.create(TARGET, [], 1024), "create -q -f vmdk /proc/self/fd/9 1024"),
         (
