@@ -29,7 +29,7 @@ OTHERS = ("vmdk", "vdi", "vhdx", "vpc", "qed", "qcow")
 
 
 def media():
-    """Install media and bootable disks, by name. The netboot package has its mini.iso only in some releases, its parts in all."""
+    """Install media and bootable disks, by name. The netboot package has its mini.iso in some releases, its parts in all."""
     wanted = (
         "mini.iso",
         "initrd.gz",

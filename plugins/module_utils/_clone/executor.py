@@ -16,7 +16,6 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from .. import _xml
-from .._deadline import Deadline
 from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.qemu_img import Layer
@@ -45,15 +44,14 @@ def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
     :raises CloneError: on refusal or failure
     """
     started = time.monotonic()
-    deadline = Deadline(request.timeout, "timeout")
     with closing(Scene(request, check_mode)) as scene:
         facts, plan = _judge(scene)
         transfer: t.Optional[Transfer] = None
         if not check_mode:
             if plan.steps:
-                facts, plan, transfer = _change(scene, facts, deadline)
+                facts, plan, transfer = _change(scene, facts)
             if plan.steps or not scene.pool.lists(facts.name):
-                scene.pool.refresh(deadline.sooner(request.lock_timeout, "lock_timeout"))
+                scene.pool.refresh(scene.deadline.sooner(request.lock_timeout, "lock_timeout"))
         return result.build(scene, facts, plan, transfer, time.monotonic() - started)
 
 
@@ -66,22 +64,22 @@ def _judge(scene: Scene) -> t.Tuple[Facts, Plan]:
             facts = scene.answer(asked, facts)
 
 
-def _change(scene: Scene, facts: Facts, deadline: Deadline) -> t.Tuple[Facts, Plan, t.Optional[Transfer]]:
+def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Transfer]]:
     request = scene.request
     target = locks.key(os.fstat(scene.pool.fd), facts.name)
     sources = [locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers]
-    waiting = deadline.sooner(request.lock_timeout, "lock_timeout")
+    waiting = scene.deadline.sooner(request.lock_timeout, "lock_timeout")
     with locks.Locks(sources, [target], waiting, f"waiting for another run to finish volume {facts.name!r}"):
         for _round in range(_ROUNDS):
             # What another run did while we waited for the lock counts.
             facts, plan = _judge(scene)
             if facts.source_writers and any(isinstance(step, Create) for step in plan.steps):
-                _wait_for_source(scene, deadline)
+                _wait_for_source(scene)
                 continue
             try:
                 transfer = None
                 for step in plan.steps:
-                    done = _carry_out(scene, facts, step, deadline)
+                    done = _carry_out(scene, facts, step)
                     transfer = done or transfer
                 return facts, plan, transfer
             except FileExistsError:
@@ -91,22 +89,18 @@ def _change(scene: Scene, facts: Facts, deadline: Deadline) -> t.Tuple[Facts, Pl
     raise CloneError("STORAGE_VOL_EXIST", f"volume {facts.name!r} of pool {request.pool!r} comes and goes while it is made")
 
 
-def _wait_for_source(scene: Scene, deadline: Deadline) -> None:
-    deadline.wait_for(
+def _wait_for_source(scene: Scene) -> None:
+    scene.deadline.wait_for(
         lambda: not any(guards.writers(image.fd) for image in scene.layers),
         f"waiting for the writers of {scene.layers[0].what}",
     )
 
 
-def _carry_out(scene: Scene, facts: Facts, step: planner.Step, deadline: Deadline) -> t.Optional[Transfer]:
+def _carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Transfer]:
     if isinstance(step, Create):
-        return (
-            _create_by_libvirt(scene, facts, step, deadline)
-            if step.route == "libvirt"
-            else _create(scene, facts, step, deadline)
-        )
+        return _create_by_libvirt(scene, facts, step) if step.route == "libvirt" else _create(scene, facts, step)
     if isinstance(step, Grow):
-        _grow_in_place(scene, facts, step, deadline)
+        _grow_in_place(scene, facts, step)
     else:
         _set_permissions(scene, facts, step)
     return None
@@ -115,13 +109,13 @@ def _carry_out(scene: Scene, facts: Facts, step: planner.Step, deadline: Deadlin
 # --- a new volume -------------------------------------------------------------------------------------------------------
 
 
-def _create(scene: Scene, facts: Facts, step: Create, deadline: Deadline) -> Transfer:
+def _create(scene: Scene, facts: Facts, step: Create) -> Transfer:
     what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
     held = [(image.fd, image.what) for image in scene.layers]
     with guards.Hold(held) as hold, staging.Staging(scene.pool.fd) as staged:
 
         def watch() -> None:
-            deadline.check(f"making {what}")
+            scene.deadline.check(f"making {what}")
             hold.check()
 
         try:
@@ -134,9 +128,19 @@ def _create(scene: Scene, facts: Facts, step: Create, deadline: Deadline) -> Tra
             staged.publish(facts.name, step.replaces)
         except FileExistsError:
             raise
-        except OSError as exc:
-            raise file_copy.failed(exc, f"writing {what}", scene.pool.available, scene.space_needed(step)) from exc
+        except (OSError, CloneError) as exc:
+            raise _failed(scene, step, staged.fd, exc, f"writing {what}") from exc
     return transfer
+
+
+def _failed(scene: Scene, step: Create, target: int, exc: t.Union[OSError, CloneError], doing: str) -> CloneError:
+    """The error for a volume that could not be written; that of a full pool says how many bytes are missing."""
+    error = exc if isinstance(exc, CloneError) else from_os_error(exc, doing)
+    if error.code != "NO_SPACE" or "bytes" in error.msg:
+        return error
+    # What the staged file has taken is free again in a moment.
+    missing = scene.space_needed(step) - scene.pool.available() - os.fstat(target).st_blocks * 512
+    return CloneError("NO_SPACE", f"{error.msg}; about {missing} bytes are missing" if missing > 0 else error.msg)
 
 
 def _ownership(owner: Ownership) -> t.Tuple[int, int, int, t.Optional[str]]:
@@ -236,7 +240,7 @@ def _grow_image(
     scene.qemu.run(qemu_img.resize(into, capacity, preallocation), {target: what}, f"growing {what}", watch)
 
 
-def _create_by_libvirt(scene: Scene, facts: Facts, step: Create, deadline: Deadline) -> Transfer:
+def _create_by_libvirt(scene: Scene, facts: Facts, step: Create) -> Transfer:
     """libvirt's own call. Cross-pool calls go one at a time: two in opposite directions hang the daemon."""
     pool, source_pool = t.cast(LibvirtPool, scene.pool), t.cast(LibvirtPool, scene.source_pool)
     if step.replaces:
@@ -259,7 +263,7 @@ def _create_by_libvirt(scene: Scene, facts: Facts, step: Create, deadline: Deadl
     )
     flags = 1 if step.preallocation == "metadata" else 0  # VIR_STORAGE_VOL_CREATE_PREALLOC_METADATA
     one_at_a_time = [] if pool.name == source_pool.name else ["libvirt-clone"]
-    waiting = deadline.sooner(scene.request.lock_timeout, "lock_timeout")
+    waiting = scene.deadline.sooner(scene.request.lock_timeout, "lock_timeout")
     with locks.Locks([], one_at_a_time, waiting, "waiting for another clone by libvirt"):
         try:
             pool.clone(document, source_pool, t.cast(str, facts.source.name), flags, step.capacity, waiting)
@@ -273,7 +277,7 @@ def _create_by_libvirt(scene: Scene, facts: Facts, step: Create, deadline: Deadl
 # --- a volume that exists -----------------------------------------------------------------------------------------------
 
 
-def _grow_in_place(scene: Scene, facts: Facts, step: Grow, deadline: Deadline) -> None:
+def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
     what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
     image = t.cast(probe.Image, facts.target.image)
     fd = os.open(facts.name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=scene.pool.fd)
@@ -284,7 +288,9 @@ def _grow_in_place(scene: Scene, facts: Facts, step: Grow, deadline: Deadline) -
             os.ftruncate(fd, step.capacity)
             file_copy.preallocate(fd, image.capacity, step.capacity, step.preallocation)
         else:
-            _grow_image(scene, image, fd, step.capacity, step.preallocation, what, lambda: deadline.check(f"growing {what}"))
+            _grow_image(
+                scene, image, fd, step.capacity, step.preallocation, what, lambda: scene.deadline.check(f"growing {what}")
+            )
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -20,6 +20,7 @@ import typing as t
 from dataclasses import dataclass, replace
 
 from .. import _xml
+from .._deadline import Deadline
 from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.probe import Image
@@ -59,6 +60,8 @@ class Scene:
     def __init__(self, request: Request, check_mode: bool) -> None:
         self.request = request
         self.check_mode = check_mode
+        #: when the whole task has to be over
+        self.deadline = Deadline(request.timeout, "timeout")
         self.qemu = QemuImg()
         self.layers: t.List[OpenImage] = []
         self.target_fd = -1
@@ -346,34 +349,46 @@ class Scene:
 
     def _data_beyond(self) -> int:
         topmost = self.layers[0]
-        first = file_copy.first_nonzero_block(topmost.fd, t.cast(int, self.request.capacity), topmost.image.capacity)
-        return -1 if first is None else first
+        start, end = t.cast(int, self.request.capacity), topmost.image.capacity
+        return next((at for at, _data in file_copy.nonzero_data(topmost.fd, start, end, self._watch)), -1)
 
     def _content_equal(self, target: Image) -> bool:
         names = {image.fd: image.what for image in self.layers}
         names[self.target_fd] = "the target"
         arguments = qemu_img.compare([image.layer for image in self.layers], Layer(self.target_fd, target.format))
-        return self.qemu.run(arguments, names, f"comparing with {self.layers[0].what}", accept=(0, 1))[0] == 0
+        return self.qemu.run(arguments, names, f"comparing with {self.layers[0].what}", self._watch, accept=(0, 1))[0] == 0
+
+    def _watch(self) -> None:
+        self.deadline.check(f"looking at {self.layers[0].what}")
 
     def space_needed(self, step: Create) -> int:
-        """Bytes that the new volume takes where nothing is shared with the source; an estimate from above for copies."""
+        """Bytes that the new volume takes where nothing is shared with the source.
+
+        An estimate from above where the pool has that much to spare. If not, a raw source is read to count what is not zeros,
+        which is all that a copy or conversion writes; for others qemu-img measures what is allocated.
+        """
         if step.preallocation in ("falloc", "full"):
             return step.capacity
         if not self.layers:
             return 0
-        if step.route == "copy":
-            topmost = self.layers[0]
-            return topmost.image.capacity if topmost.block else file_copy.unshared_size(topmost.fd)
+        topmost = self.layers[0]
+        available = self.pool.available()
+        if topmost.image.format == "raw" or step.route == "copy":
+            end = guards.length(topmost.fd)
+            if topmost.image.format == "raw":
+                end = min(end, step.capacity)
+            allocated = file_copy.allocated_size(topmost.fd, end)
+            return allocated if allocated <= available else file_copy.data_size(topmost.fd, end, self._watch)
         # Metadata of no format takes more than this share; a pool with so much to spare needs no measuring.
         ceiling = step.capacity + step.capacity // 8 + (4 << 20)
-        if self.pool.available() >= ceiling:
+        if available >= ceiling:
             return ceiling
         if step.format not in ("raw", "qcow2"):
-            return sum(file_copy.unshared_size(image.fd) for image in self.layers)
+            return sum(file_copy.allocated_size(image.fd, guards.length(image.fd)) for image in self.layers)
         options = qemu_img.creation_options(step.format, step.qcow2, step.preallocation)
         arguments = qemu_img.measure([image.layer for image in self.layers], step.format, options)
         names = {image.fd: image.what for image in self.layers}
-        out = self.qemu.run(arguments, names, f"measuring {self.layers[0].what}")[1]
+        out = self.qemu.run(arguments, names, f"measuring {self.layers[0].what}", self._watch)[1]
         return int(json.loads(out)["required"])
 
     def _space_missing(self, step: Create) -> int:

@@ -16,7 +16,7 @@ import os
 import struct
 import typing as t
 
-from .._errors import CloneError, from_os_error
+from .._errors import CloneError
 
 _FICLONE = 0x40049409  # linux/fs.h; in Python's fcntl only since 3.12
 _FS_IOC_FIEMAP = 0xC020660B
@@ -57,16 +57,22 @@ def copy(source: int, target: int, size: int, watch: t.Callable[[], None]) -> No
     :raises CloneError: ``IO_ERROR`` when the source ends early
     """
     os.ftruncate(target, size)
+    for at, data in nonzero_data(source, 0, size, watch):
+        _write_all(target, data, at)
+
+
+def nonzero_data(fd: int, start: int, end: int, watch: t.Callable[[], None]) -> t.Iterator[t.Tuple[int, memoryview]]:
+    """What is not zeros in ``[start, end)``, as (offset, data) in the order of the file. The data is valid until the next."""
     buffer = memoryview(bytearray(_CHUNK))
-    for start, end in data_extents(source, size):
-        at = start
-        while at < end:
+    for begin, stop in data_extents(fd, end, start):
+        at = begin
+        while at < stop:
             watch()
-            got = os.preadv(source, [buffer[: min(_CHUNK, end - at)]], at)
+            got = os.preadv(fd, [buffer[: min(_CHUNK, stop - at)]], at)
             if got == 0:
-                raise CloneError("IO_ERROR", f"the source ended at byte {at} of {size}: it changed while it was read")
+                raise CloneError("IO_ERROR", f"the source ended at byte {at} of {end}: it changed while it was read")
             for offset, length in nonzero_runs(buffer[:got], at):
-                _write_all(target, buffer[offset : offset + length], at + offset)
+                yield at + offset, buffer[offset : offset + length]
             at += got
 
 
@@ -113,21 +119,6 @@ def nonzero_runs(data: memoryview, position: int) -> t.Iterator[t.Tuple[int, int
         at += step
     if begin is not None:
         yield begin, size - begin
-
-
-def first_nonzero_block(fd: int, start: int, end: int) -> t.Optional[int]:
-    """Offset of the first block with data in ``[start, end)``, or None when that range reads as zeros."""
-    buffer = memoryview(bytearray(_CHUNK))
-    for begin, stop in data_extents(fd, end, start):
-        at = begin
-        while at < stop:
-            got = os.preadv(fd, [buffer[: min(_CHUNK, stop - at)]], at)
-            if got == 0:
-                break
-            for offset, _length in nonzero_runs(buffer[:got], at):
-                return at + offset
-            at += got
-    return None
 
 
 def _write_all(fd: int, data: memoryview, position: int) -> None:
@@ -189,16 +180,11 @@ def shares_blocks(fd: int) -> t.Optional[bool]:
             return False
 
 
-def unshared_size(fd: int) -> int:
-    """Bytes that a copy of this file needs where nothing is shared, at most: what is allocated, or its length if less."""
-    status = os.fstat(fd)
-    return min(status.st_size, status.st_blocks * 512)
+def allocated_size(fd: int, end: int) -> int:
+    """Bytes up to ``end`` that lie in no hole."""
+    return sum(stop - begin for begin, stop in data_extents(fd, end))
 
 
-def failed(exc: OSError, doing: str, available: t.Callable[[], int], needed: int) -> CloneError:
-    """The error for a failed copy; a full file system says how many bytes are missing."""
-    error = from_os_error(exc, doing)
-    if error.code == "NO_SPACE":
-        missing = max(needed - available(), 1)
-        return CloneError("NO_SPACE", f"{doing} failed: no space left, about {missing} bytes are missing")
-    return error
+def data_size(fd: int, end: int, watch: t.Callable[[], None]) -> int:
+    """Bytes up to ``end`` in blocks that are not all zeros: what a copy of them takes. Reads all of them."""
+    return sum(len(data) for _offset, data in nonzero_data(fd, 0, end, watch))
