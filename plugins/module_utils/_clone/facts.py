@@ -385,8 +385,9 @@ class Scene:
             return ceiling
         if step.format not in ("raw", "qcow2"):
             return sum(file_copy.allocated_size(image.fd, guards.length(image.fd)) for image in self.layers)
+        # For raw it would answer with the capacity, so a qcow2 image of the same data stands in.
         options = qemu_img.creation_options(step.format, step.qcow2, step.preallocation)
-        arguments = qemu_img.measure([image.layer for image in self.layers], step.format, options)
+        arguments = qemu_img.measure([image.layer for image in self.layers], "qcow2", options)
         names = {image.fd: image.what for image in self.layers}
         out = self.qemu.run(arguments, names, f"measuring {self.layers[0].what}", self._watch)[1]
         return int(json.loads(out)["required"])

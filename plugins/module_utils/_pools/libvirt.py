@@ -177,9 +177,9 @@ class LibvirtPool(DirectoryPool):
                 self._pool.create(0)
 
         with _translated(f"refreshing pool {self.name!r}"):
-            self._patiently(again, deadline)
+            self._patiently(again, deadline, ", after which libvirt sees what was done,")
 
-    def _patiently(self, call: t.Callable[[], t.Any], deadline: Deadline) -> t.Any:
+    def _patiently(self, call: t.Callable[[], t.Any], deadline: Deadline, remark: str = "") -> t.Any:
         """The answer of a call that libvirt refuses while jobs run in the pool."""
         libvirt = _libvirt()
         answers: t.List[t.Any] = []
@@ -192,7 +192,7 @@ class LibvirtPool(DirectoryPool):
                     raise
             return bool(answers)
 
-        deadline.wait_for(attempt, f"waiting for the jobs of pool {self.name!r}")
+        deadline.wait_for(attempt, f"waiting for the jobs of pool {self.name!r}{remark}")
         return answers[0]
 
     def volume_xml(self, name: str) -> t.Optional[str]:
