@@ -254,6 +254,17 @@ def noise(length, seed=0):
     return hashlib.shake_256(b"%d" % seed).digest(length)
 
 
+def unnamed_files(place):
+    """Files without a name in this directory that some process has open."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(link)
+            if target.startswith(f"{place}/") and target.endswith("(deleted)"):
+                found.append(target)
+    return found
+
+
 def processes_with(text):
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):

@@ -222,7 +222,8 @@ def test_a_busy_pool_is_waited_for(libvirt_pool, pool, qcow2):
 DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>
 <os><type arch='x86_64' machine='pc'>hvm</type></os>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
-<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{path}'/><target dev='vda' bus='virtio'/></disk>
+<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{path}'/>
+<target dev='vda' bus='virtio'/></disk>
 </devices></domain>"""
 
 

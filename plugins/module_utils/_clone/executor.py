@@ -136,11 +136,13 @@ def _create(scene: Scene, facts: Facts, step: Create) -> Transfer:
 def _failed(scene: Scene, step: Create, target: int, exc: t.Union[OSError, CloneError], doing: str) -> CloneError:
     """The error for a volume that could not be written; that of a full pool says how many bytes are missing."""
     error = exc if isinstance(exc, CloneError) else from_os_error(exc, doing)
-    if error.code != "NO_SPACE" or "bytes" in error.msg:
+    if error.code != "NO_SPACE" or " bytes " in error.msg:
         return error
+    needed = scene.space_needed(step)
     # What the staged file has taken is free again in a moment.
-    missing = scene.space_needed(step) - scene.pool.available() - os.fstat(target).st_blocks * 512
-    return CloneError("NO_SPACE", f"{error.msg}; about {missing} bytes are missing" if missing > 0 else error.msg)
+    missing = needed - scene.pool.available() - os.fstat(target).st_blocks * 512
+    amount = f"about {missing} bytes are missing" if missing > 0 else f"it takes about {needed} bytes"
+    return CloneError("NO_SPACE", f"{error.msg}; {amount}")
 
 
 def _ownership(owner: Ownership) -> t.Tuple[int, int, int, t.Optional[str]]:
