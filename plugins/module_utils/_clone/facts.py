@@ -33,8 +33,9 @@ from .request import Request, made_up_name
 
 #: More images below a source than this are refused.
 MAX_DEPTH = 64
-# File systems that never share blocks between files (statfs(2)): a copy will need its whole size.
+# File systems by statfs(2): ext2 to ext4 and tmpfs never share blocks between files; each subvolume of a btrfs is a device.
 _NEVER_SHARE = (0xEF53, 0x01021994)
+_BTRFS = 0x9123683E
 # Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment.
 _MOMENT = 1.0
 
@@ -330,6 +331,7 @@ class Scene:
             "data_beyond": self._data_beyond,
             "content_equal": lambda: self._content_equal(t.cast(Image, facts.target.image)),
             "space_missing": lambda: self._space_missing(t.cast(Create, asked.draft)),
+            "unshareable": self._unshareable,
             "denied": self._denied,
         }
         return replace(facts, **{asked.question: answers[asked.question]()})
@@ -393,16 +395,21 @@ class Scene:
         return int(json.loads(out)["required"])
 
     def _space_missing(self, step: Create) -> int:
-        if step.route == "libvirt" or (step.route == "copy" and self.request.method != "copy" and self._may_share()):
+        if step.route == "libvirt" or (step.route == "copy" and self.request.method != "copy" and not self._unshareable()):
             return 0
         return max(self.space_needed(step) - self.pool.available(), 0)
 
-    def _may_share(self) -> bool:
-        """Whether a copy may turn out to take no space: known for certain only by trying, with the staged file."""
-        if not self.layers or self.layers[0].block:
-            return False
-        kinds = _file_system(self.layers[0].fd), _file_system(self.pool.fd)
-        return kinds[0] == kinds[1] and kinds[0] not in _NEVER_SHARE
+    def _unshareable(self) -> str:
+        """Why source and target cannot share blocks; empty where they may: only trying it, with the staged file, tells."""
+        if not self.layers:
+            return "there is no source"
+        source, target = self.layers[0].fd, self.pool.fd
+        if self.layers[0].block:
+            return "the source is a block device"
+        kind = _file_system(source)
+        if kind != _file_system(target) or (kind != _BTRFS and os.fstat(source).st_dev != os.fstat(target).st_dev):
+            return "source and target are on different file systems"
+        return "the file system cannot share blocks" if kind in _NEVER_SHARE else ""
 
     def _denied(self) -> str:
         denied = self.pool.denied()

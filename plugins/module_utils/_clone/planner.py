@@ -97,6 +97,8 @@ class Facts:
     content_equal: t.Optional[bool] = None
     #: bytes that the pool lacks, 0 when it has enough or when blocks may be shared
     space_missing: t.Optional[int] = None
+    #: why the target cannot share the source's blocks; empty when it may
+    unshareable: t.Optional[str] = None
     #: why this user may not change the pool; empty when he may
     denied: t.Optional[str] = None
 
@@ -433,6 +435,9 @@ def _route(
         and (image_format == "raw" or request.preallocation == "off")
     )
     if whole_file:
+        unshareable = request.method == "reflink" and _known(facts, "unshareable")
+        if unshareable:
+            raise CloneError("NO_SUPPORT", f"method=reflink is not possible for {_what(facts)}: {unshareable}")
         return "copy"
     if source.encrypted:
         raise CloneError("NO_SUPPORT", f"{facts.source.what} is encrypted: it is cloned in its own format or not at all")

@@ -43,6 +43,7 @@ def facts(source=None, target=None, **kwargs):
         "data_beyond": -1,
         "content_equal": True,
         "space_missing": 0,
+        "unshareable": "",
         "denied": "",
     }
     values.update(kwargs)
@@ -72,6 +73,7 @@ FACTS = (
     "data_beyond",
     "content_equal",
     "space_missing",
+    "unshareable",
     "denied",
     "check_mode",
 )
@@ -312,6 +314,7 @@ def test_force_leaves_a_volume_alone_that_does_not_differ():
         ({"source": image("raw")}, {"preallocation": "metadata"}, "CONFIG_UNSUPPORTED", "preallocation=metadata"),
         ({"source": image("vdi")}, {"preallocation": "falloc"}, "CONFIG_UNSUPPORTED", "format vdi"),
         ({}, {"format": "raw", "method": "reflink"}, "NO_SUPPORT", "method=reflink"),
+        ({"unshareable": "it is far away"}, {"method": "reflink"}, "NO_SUPPORT", "method=reflink is not possible"),
         ({}, {"method": "libvirt"}, "INVALID_ARG", "method=libvirt needs a libvirt pool"),
         ({"source": image(encrypted=True)}, {"format": "raw"}, "NO_SUPPORT", "encrypted"),
         ({}, {"encrypted": True}, "CONFIG_UNSUPPORTED", "<encryption>"),
