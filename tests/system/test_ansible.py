@@ -72,7 +72,7 @@ def test_without_libvirt_python_anywhere_the_package_is_named(pool, qcow2, scrat
     result = harness.result_of(process)
     assert result["failed"] and result["error_code"] == "MISSING_DEPENDENCY", result
     assert "python3-libvirt" in result["msg"]
-    lxml = run(harness.PYTHON, "-c", "import lxml; print(lxml.__file__)").strip()
+    lxml = run(harness.PYTHON, "-c", "import lxml.etree; print(lxml.etree.__file__)").strip()
     xml = "<volume><name>web</name></volume>"
     process = harness.start({"pool": str(pool), "source": "base.qcow2", "xml": xml}, prefix=[*hide, lxml])
     result = harness.result_of(process)

@@ -16,7 +16,7 @@ import typing as t
 from dataclasses import dataclass, replace
 
 from .._errors import CloneError
-from .._images.probe import GROWABLE, Image, Qcow2Features, round_capacity
+from .._images.probe import EMPTY_UNREADABLE, GROWABLE, Image, Qcow2Features, round_capacity
 from .._units import format_bytes
 from .request import Request, qcow2_features
 
@@ -343,6 +343,9 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
         capacity = round_capacity(image_format, source.capacity)
     elif capacity < source.capacity:
         _refuse_shrinking(request, facts, source, capacity)
+
+    if capacity == 0 and image_format in EMPTY_UNREADABLE:
+        raise CloneError("CONFIG_UNSUPPORTED", f"capacity: a {image_format} volume of 0 bytes could not be opened by anybody")
 
     features = qcow2_features(request.qcow2, source.qcow2) if image_format == "qcow2" else None
     route = _route(request, facts, source, image_format, capacity, features)

@@ -23,6 +23,8 @@ from .._errors import CloneError
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "qcow")
 #: Formats whose capacity qemu-img can change in place.
 GROWABLE = ("raw", "qcow2", "qed")
+# qemu-img makes them with a capacity of 0, and then cannot open them (7.2).
+EMPTY_UNREADABLE = ("vmdk", "qcow")
 #: Every format but raw counts in sectors.
 SECTOR = 512
 

@@ -315,6 +315,7 @@ def test_force_leaves_a_volume_alone_that_does_not_differ():
         ({"source": image("vdi")}, {"preallocation": "falloc"}, "CONFIG_UNSUPPORTED", "format vdi"),
         ({}, {"format": "raw", "method": "reflink"}, "NO_SUPPORT", "method=reflink"),
         ({"unshareable": "it is far away"}, {"method": "reflink"}, "NO_SUPPORT", "method=reflink is not possible"),
+        ({"source": image("raw", 0)}, {"format": "vmdk"}, "CONFIG_UNSUPPORTED", "a vmdk volume of 0 bytes"),
         ({}, {"method": "libvirt"}, "INVALID_ARG", "method=libvirt needs a libvirt pool"),
         ({"source": image(encrypted=True)}, {"format": "raw"}, "NO_SUPPORT", "encrypted"),
         ({}, {"encrypted": True}, "CONFIG_UNSUPPORTED", "<encryption>"),
