@@ -83,9 +83,8 @@ def module(params, *, untouched=(), **options):
 
 def check(**params):
     """Result of a check run, which must leave both pools as they were."""
-    places = [
-        place for place in {pool_path(params.get("pool")), pool_path(params.get("source_pool"))} if place and place.is_dir()
-    ]
+    paths = [pool_path(params.get("pool")), pool_path(params.get("source_pool"))]
+    places = [path for path in paths if path and path.is_dir()]
     before = [listing(place) for place in places]
     result = module(params, check=True)
     assert [listing(place) for place in places] == before, "the check run changed something"

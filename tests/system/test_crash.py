@@ -13,7 +13,7 @@ import time
 
 import harness
 import pytest
-from harness import MIB, clone, fingerprint, kill, leftovers, module, processes_with, result_of, run, same_content, start
+from harness import MIB, clone, fingerprint, kill, leftovers, processes_with, result_of, run, same_content, start
 
 KILLS = 200
 
@@ -45,13 +45,13 @@ def test_two_hundred_kills_over_copies_and_conversions(request, sources, pool, k
     for stated, image_format in jobs:
         params = {"pool": target, "source_pool": str(sources), **stated}
         path = pool / stated["name"]
-        for _ in range(2):
+        for _time in range(2):
             # The second is no longer slowed down by what the first reads from the disk.
             began = time.monotonic()
             clone(**params)
             whole = time.monotonic() - began
             path.unlink()
-        for _ in range(KILLS // 2 // len(jobs)):
+        for _time in range(KILLS // 2 // len(jobs)):
             process = start(params)
             # Most of a run is the start of Python; the rest of it is what matters.
             time.sleep(dice.uniform(0.2, 1.1) * whole)
@@ -86,7 +86,7 @@ def test_kills_while_a_volume_is_replaced_leave_the_old_or_the_new(sources, pool
     clone(**params)
     clone(**{**params, "source": "old.raw"})
     whole = (time.monotonic() - began) / 2
-    for _ in range(24):
+    for _time in range(24):
         clone(**{**params, "source": "old.raw"})
         process = start(params)
         time.sleep(dice.uniform(0.3, 1.1) * whole)
@@ -181,10 +181,16 @@ def test_a_full_file_system(small_file_system, scratch, kind, size, image_format
     source.unlink()
 
 
-def test_a_timeout_leaves_nothing(sources, pool):
-    result = module({"pool": pool, "source_pool": sources, "source": "base.raw", "name": "web", "timeout": 0})
-    assert result["failed"] and result["error_code"] in ("TIMEOUT", "INVALID_ARG"), result
+@pytest.mark.parametrize("stated", [{}, {"format": "qcow2"}, {"format": "qcow2", "capacity": "1G"}])
+def test_a_timeout_leaves_nothing(sources, pool, stated):
+    """The copy, or qemu-img, is slowed down."""
+    slow = ["strace", "-qq", "-f", "-o", "/dev/null", "-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=300000"]
+    params = {"pool": pool, "source_pool": sources, "source": "base.raw", "name": "web", "timeout": 2, **stated}
+    result = result_of(start(params, prefix=slow))
+    assert result["failed"] and result["error_code"] == "TIMEOUT", result
+    assert "2 s" in result["msg"] and "timeout" in result["msg"]
     assert os.listdir(pool) == []
+    assert not processes_with("qemu-img convert")
 
 
 def test_leftovers_of_a_killed_run_without_unnamed_files_are_swept(pool, raw):

@@ -104,7 +104,7 @@ def test_the_files_in_a_cloned_disk_are_those_of_the_source(gallery, pool, scrat
             mount.mkdir()
             run("mount", "-o", f"ro,loop,offset={partitions[0]['start'] * 512}", image, mount)
         run("diff", "-r", "--no-dereference", *mounts)
-        assert sum(1 for _ in mounts[1].rglob("*")) > 20
+        assert sum(1 for _item in mounts[1].rglob("*")) > 20
     finally:
         for mount in mounts:
             run("umount", mount)

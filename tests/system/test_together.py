@@ -23,7 +23,7 @@ def test_eight_runs_for_one_target(either, pool, raw, stated):
     if "method" in stated:
         stated.pop("method")
     params = {"pool": either, "source": "base.raw", "name": "web", **stated}
-    results = [result_of(process) for process in [start(params) for _ in range(8)]]
+    results = [result_of(process) for process in [start(params) for _time in range(8)]]
     assert not any(result.get("failed") for result in results), results
     assert sorted(result["actions"] for result in results) == [[]] * 7 + [["created"]]
     assert sorted(os.listdir(pool)) == ["base.raw", "web"]
@@ -34,7 +34,7 @@ def test_eight_runs_that_do_not_see_each_others_locks(pool, raw):
     """As on a file system that several hosts share: the link into place decides."""
     params = {"pool": pool, "source": "base.raw", "name": "web", "format": "qcow2"}
     alone = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run/lock && exec "$@"', "sh"]
-    results = [result_of(process) for process in [start(params, prefix=alone) for _ in range(8)]]
+    results = [result_of(process) for process in [start(params, prefix=alone) for _time in range(8)]]
     assert not any(result.get("failed") for result in results), results
     assert sorted(result["actions"] for result in results) == [[]] * 7 + [["created"]]
     assert sorted(os.listdir(pool)) == ["base.raw", "web"]
@@ -73,7 +73,7 @@ def test_clones_of_each_others_targets_in_opposite_directions(pool, pool2, raw):
     """a to b and b to a, by the same names, with force: locks are taken in one order."""
     (pool2 / "base.raw").write_bytes(raw.read_bytes())
     processes = []
-    for _ in range(6):
+    for _time in range(6):
         for one, other in ((pool, pool2), (pool2, pool)):
             processes.append(
                 start({"pool": other, "source_pool": one, "source": "base.raw", "name": "base.raw", "force": True})

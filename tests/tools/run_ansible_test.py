@@ -105,7 +105,10 @@ def run(arguments: list[str]) -> str:
     text = log.read_text(encoding="utf-8")
     text = text[text.rindex("+ ansible-test") :]
     if status:
-        sys.exit(f"{text}\nansible-test {' '.join(arguments)} failed ({status})")
+        told = [line for line in text.splitlines() if line.startswith(("ERROR", "FATAL", "E  ", "FAILED", "fatal"))]
+        sys.exit(
+            "\n".join([*told, *text.splitlines()[-30:], f"ansible-test {' '.join(arguments)} failed ({status}), see {log}"])
+        )
     return text
 
 
