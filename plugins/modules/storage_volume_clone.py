@@ -17,7 +17,10 @@ description:
     differs otherwise, the task fails and names the difference, or replaces it with O(force=true).
   - A clone shares the blocks of its source where the file system can do that, and is otherwise copied without its holes and
     zeros. Formats are converted, and backing chains flattened, by C(qemu-img).
-  - A new volume gets its name once it is whole and safely on disk. A task that is killed leaves nothing behind.
+  - A new volume gets its name once it is whole and safely on disk. A task that is killed leaves nothing behind. Where a file
+    needs a name earlier, with O(force=true) and on file systems without unnamed files such as NFS, it may leave a hidden file,
+    which the next run removes.
+  - Images are checked by C(qemu-img check) before they are cloned, and corrupt ones are refused.
   - A source that is open for writing is refused. To clone the disk of a running virtual machine, make a snapshot first and
     clone the image that is then no longer written to.
 extends_documentation_fragment:
@@ -32,7 +35,7 @@ attributes:
   idempotent:
     support: full
 requirements:
-  - C(qemu-img) on the managed host, for all but raw copies
+  - C(qemu-img) on the managed host, for all but copies of raw volumes
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt; C(lxml) for O(xml)
 options:
   uri:
@@ -56,11 +59,14 @@ options:
   xml:
     description:
       - Volume XML as C(virsh vol-create-from) takes it; what C(virsh vol-dumpxml) prints of a volume describes its clone.
+        libvirt knows no vhdx and prints it as raw.
       - Other parameters win over it. Allocation, labels, and elements that libvirt only prints are ignored.
     type: str
   source:
     description:
       - Name of the volume in O(source_pool) to clone.
+      - To clone an overlay whose backing file lies in another directory, state the overlay as O(source_path) and that directory
+        as O(source_pool).
     type: str
     aliases: [clone_source, source_volume]
   source_path:
@@ -74,8 +80,8 @@ options:
     type: str
   source_format:
     description:
-      - Format to read the source as. Without it, a file that begins like an image is read as that, any other as raw, and
-        block devices as raw; a file that could be two formats is refused.
+      - Format to read the source as, one of those of O(format). Without it, a file that begins like an image is read as that,
+        any other as raw, and block devices as raw; a file that could be two formats is refused.
       - V(raw) clones any bytes as they are.
     type: str
   clone_type:
@@ -87,12 +93,13 @@ options:
   format:
     description:
       - Format of the new volume, one of V(raw), V(qcow2), V(vmdk), V(vdi), V(vhdx), V(vpc), V(qed) and V(qcow).
-        V(iso) is read as V(raw).
+        V(iso) and V(img) are read as V(raw).
       - The source's where not stated.
     type: str
   capacity:
     description:
-      - Size that a guest sees, in libvirt's units (V(40G), V(40GiB), V(40 GB)) or bytes.
+      - Size that a guest sees, in libvirt's units in any case, or in bytes. V(40G) and V(40GiB) are 40 * 2^30 bytes, V(40 GB) is
+        40 * 10^9.
       - Exact, or the smallest size above it that the format can represent. The source's where not stated.
     type: str
     aliases: [size]
@@ -189,7 +196,7 @@ options:
     type: str
   source_in_use:
     description:
-      - What to do while the source is open for writing.
+      - What to do while the source is open for writing. V(wait) has no limit but O(timeout).
     type: str
     choices: [fail, wait]
     default: fail
@@ -316,7 +323,9 @@ volume:
       returned: success
       sample: 1074135040
     backing:
-      description: Its backing store with C(path), C(format) and C(depth), null for a volume that stands alone.
+      description:
+        - Its backing store with C(path) as recorded, C(format) and C(depth), null for a volume that stands alone.
+        - The depth is null where the chain was not followed.
       type: dict
       returned: success
     owner:
@@ -334,6 +343,11 @@ volume:
       type: str
       returned: success
       sample: '0600'
+    secontext:
+      description: Its SELinux context, null where it has none.
+      type: str
+      returned: success
+      sample: system_u:object_r:virt_image_t:s0
     changed:
       description: Whether anything was done to it.
       type: bool
@@ -389,6 +403,10 @@ source:
     path: /var/lib/libvirt/images/debian-13.qcow2
     format: qcow2
     capacity: 2147483648
+diff:
+  description: The volume C(before) and C(after), with the values that the task is about.
+  returned: success
+  type: dict
 error_code:
   description:
     - Kind of failure, after libvirt's own where it has one.

@@ -253,14 +253,16 @@ def noise(length, seed=0):
 
 
 def unnamed_files(place):
-    """Files without a name in this directory that some process has open."""
-    found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
+    """Modes of the files without a name in this directory that some process has open."""
+    modes = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            target = os.readlink(link)
-            if target.startswith(f"{place}/") and target.endswith("(deleted)"):
-                found.append(target)
-    return found
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                link = f"/proc/{pid}/fd/{number}"
+                target = os.readlink(link)
+                if target.startswith(f"{place}/#") and target.endswith("(deleted)"):
+                    modes.append(os.stat(link).st_mode & 0o7777)
+    return modes
 
 
 def processes_with(text):

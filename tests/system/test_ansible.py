@@ -112,7 +112,8 @@ def test_asynchronous(pool, raw, scratch):
 def test_every_old_python_of_a_target(pool, raw, scratch):
     """Those that are on this machine, from 3.8 on."""
     found = {}
-    for pattern in ("/usr/bin/python3.*", "/root/.pyenv/versions/3.*/bin/python3.*"):
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    for pattern in ("/usr/bin/python3.*", f"{pyenv}/versions/3.*/bin/python3.*"):
         for path in sorted(Path("/").glob(pattern[1:])):
             version = path.name.removeprefix("python3.")
             if version.isdigit() and 8 <= int(version) <= 13:

@@ -70,7 +70,7 @@ def provide_pip() -> None:
 def provide_pythons() -> list[str]:
     """Link the interpreter of each version that really runs; a pyenv shim of a version that is not chosen does not."""
     PYTHONS.mkdir(parents=True, exist_ok=True)
-    pyenv = Path(os.environ.get("PYENV_ROOT", "/root/.pyenv"))
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
     found = []
     for version in VERSIONS:
         candidates = [shutil.which(f"python{version}"), *pyenv.glob(f"versions/{version}.*/bin/python{version}")]

@@ -26,7 +26,8 @@ from .facts import Scene
 from .planner import Create, Facts, Grow, Ownership, Plan, SetPermissions
 from .request import Request
 
-# Each round means that another host or user published the name after we had looked; then it exists and is judged.
+# Each round means that the world changed after we had looked: another host or user published the name, or the source was
+# waited for; then all is judged again.
 _ROUNDS = 5
 
 
@@ -111,7 +112,7 @@ def _carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Tra
 
 def _create(scene: Scene, facts: Facts, step: Create) -> Transfer:
     what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
-    held = [(image.fd, image.what) for image in scene.layers]
+    held = [(image.fd, image.what, image.version) for image in scene.layers]
     with guards.Hold(held) as hold, staging.Staging(scene.pool.fd) as staged:
 
         def watch() -> None:
@@ -124,7 +125,11 @@ def _create(scene: Scene, facts: Facts, step: Create) -> Transfer:
             _expect_capacity(staged.fd, step, what)
             staged.own(*_ownership(step.owner))
             watch()
+            os.fsync(staged.fd)
             hold.finish()
+            if step.replaces:
+                # Somebody may have begun to use the old one while the new one was made.
+                _refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
             staged.publish(facts.name, step.replaces)
         except FileExistsError:
             raise
@@ -172,9 +177,9 @@ def _copy(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[
         file_copy.copy(source.fd, target, length, watch)
     if step.format == "raw":
         os.ftruncate(target, step.capacity)
-        file_copy.preallocate(target, 0, step.capacity, step.preallocation)
+        file_copy.preallocate(target, 0, step.capacity, step.preallocation, watch)
     elif step.capacity > source.image.capacity:
-        _grow_image(scene, source.image, target, step.capacity, step.preallocation, what, watch)
+        _grow_image(scene, source.image, [Layer(target, step.format)], step, what, watch)
     return Transfer("copy" if reason else "reflink", reason if method != "copy" else None)
 
 
@@ -207,7 +212,7 @@ def _convert(scene: Scene, step: Create, target: int, what: str, watch: t.Callab
     if step.format == "raw":
         # Made by us: qemu-img would leave an extent size hint of 1 MiB behind on XFS, which fills small holes.
         os.ftruncate(target, step.capacity)
-        file_copy.preallocate(target, 0, step.capacity, step.preallocation)
+        file_copy.preallocate(target, 0, step.capacity, step.preallocation, watch)
     elif not same_capacity:
         scene.qemu.run(qemu_img.create(into, options, step.capacity), {target: what}, f"making {what}", watch)
     exists = step.format == "raw" or not same_capacity
@@ -233,13 +238,25 @@ def _expect_capacity(target: int, step: Create, what: str) -> None:
 
 
 def _grow_image(
-    scene: Scene, image: probe.Image, target: int, capacity: int, preallocation: str, what: str, watch: t.Callable[[], None]
+    scene: Scene,
+    image: probe.Image,
+    layers: t.Sequence[Layer],
+    step: t.Union[Create, Grow],
+    what: str,
+    watch: t.Callable[[], None],
 ) -> None:
-    into = Layer(target, image.format)
+    """Grow the first of ``layers``, an open file, which is described by ``image``."""
+    names = {layer.fd: what for layer in layers}
     if image.qcow2 is not None and image.qcow2.compat == "0.10" and image.snapshots:
         # qemu-img cannot resize a version 2 image that has snapshots: they do not record their own size.
-        scene.qemu.run(qemu_img.amend_compat(into), {target: what}, f"amending {what}", watch)
-    scene.qemu.run(qemu_img.resize(into, capacity, preallocation), {target: what}, f"growing {what}", watch)
+        scene.qemu.run(qemu_img.amend_compat(layers), names, f"amending {what}", watch)
+    scene.qemu.run(qemu_img.resize(layers, step.capacity, step.preallocation), names, f"growing {what}", watch)
+
+
+def _refuse_in_use(scene: Scene, name: str, doing: str) -> None:
+    why = scene.target_in_use(name)
+    if why:
+        raise CloneError("IN_USE", f"{doing}: {why}")
 
 
 def _create_by_libvirt(scene: Scene, facts: Facts, step: Create) -> Transfer:
@@ -282,17 +299,27 @@ def _create_by_libvirt(scene: Scene, facts: Facts, step: Create) -> Transfer:
 def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
     what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
     image = t.cast(probe.Image, facts.target.image)
+
+    def watch() -> None:
+        scene.deadline.check(f"growing {what}")
+
+    if step.format == "raw":
+        # For the other formats qemu-img does it.
+        guards.claim(scene.target_fd)
+    _refuse_in_use(scene, facts.name, f"{what} cannot be grown")
     fd = os.open(facts.name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=scene.pool.fd)
     try:
-        if not os.path.samestat(os.fstat(fd), os.fstat(scene.target_fd)):
-            raise CloneError("IN_USE", f"{what} was replaced while it was looked at")
+        status = os.fstat(fd)
+        if not os.path.samestat(status, os.fstat(scene.target_fd)) or (
+            step.format == "raw" and status.st_size != image.capacity
+        ):
+            raise CloneError("IN_USE", f"{what} was changed while it was looked at")
         if step.format == "raw":
             os.ftruncate(fd, step.capacity)
-            file_copy.preallocate(fd, image.capacity, step.capacity, step.preallocation)
+            file_copy.preallocate(fd, image.capacity, step.capacity, step.preallocation, watch)
         else:
-            _grow_image(
-                scene, image, fd, step.capacity, step.preallocation, what, lambda: scene.deadline.check(f"growing {what}")
-            )
+            layers = [Layer(fd, step.format), *scene.target_layers(image)[1:]]
+            _grow_image(scene, image, layers, step, what, watch)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -49,6 +49,7 @@ class OpenImage:
     path: str
     image: Image
     block: bool
+    version: t.Tuple[int, ...]
 
     @property
     def layer(self) -> Layer:
@@ -66,6 +67,8 @@ class Scene:
         self.qemu = QemuImg()
         self.layers: t.List[OpenImage] = []
         self.target_fd = -1
+        #: what lies below the target, once somebody asked
+        self.target_below: t.List[OpenImage] = []
         self._connection = Connection(request.uri)
         self._pools: t.Dict[str, DirectoryPool] = {}
         self._missing: t.Dict[str, str] = {}
@@ -77,8 +80,9 @@ class Scene:
         self._connection.close()
 
     def _close_files(self) -> None:
-        while self.layers:
-            os.close(self.layers.pop().fd)
+        for opened in (self.layers, self.target_below):
+            while opened:
+                os.close(opened.pop().fd)
         if self.target_fd >= 0:
             os.close(self.target_fd)
             self.target_fd = -1
@@ -165,8 +169,14 @@ class Scene:
             if described is None:
                 raise
             return described
-        image = self._add_layer(fd, facts.what, path, block, self.request.source_format)
-        self._open_chain()
+        image = self._add_layer(self.layers, fd, facts.what, path, block, self.request.source_format)
+        if pool is not None:
+            # The name may have become a symbolic link since we looked.
+            self._refuse_outside(_path_of(fd), f"{facts.what} is {_path_of(fd)!r}")
+        try:
+            self._open_chain(self.layers)
+        except FileNotFoundError as exc:
+            return replace(facts, gone=str(exc))
         status = os.fstat(fd)
         return replace(
             facts,
@@ -186,13 +196,17 @@ class Scene:
         image = _image_from_xml(document) if document else None
         return replace(facts, image=image, gone="" if image else f"{facts.what} does not exist")
 
-    def _add_layer(self, fd: int, what: str, path: str, block: bool, pinned: t.Optional[str]) -> Image:
+    def _add_layer(
+        self, layers: t.List[OpenImage], fd: int, what: str, path: str, block: bool, pinned: t.Optional[str]
+    ) -> Image:
+        """Read an image's header and append it to ``layers``; the descriptor is closed with them."""
+        version = guards.version(fd)
         try:
             image = self._read_image(fd, what, block, pinned)
         except BaseException:
             os.close(fd)
             raise
-        self.layers.append(OpenImage(fd, what, path, image, block))
+        layers.append(OpenImage(fd, what, path, image, block, version))
         return image
 
     def _read_image(self, fd: int, what: str, block: bool, pinned: t.Optional[str]) -> Image:
@@ -208,39 +222,60 @@ class Scene:
         if image_format == "qcow2":
             return probe.read_qcow2(fd, size, what)
         probe.refuse_parents(fd, image_format, what)
-        return self.qemu.read(Layer(fd, image_format), what)
+        return self.qemu.read(Layer(fd, image_format), what, lambda: self.deadline.check(f"reading {what}"))
 
-    def _open_chain(self) -> None:
-        """Open everything below the topmost image."""
-        seen = {_identity(os.fstat(self.layers[0].fd))}
-        while self.layers[-1].image.backing is not None:
-            above = self.layers[-1]
-            if len(self.layers) > MAX_DEPTH:
-                raise CloneError("UNSAFE_IMAGE", f"{self.layers[0].what} has more than {MAX_DEPTH} images below it")
+    def _open_chain(self, layers: t.List[OpenImage]) -> None:
+        """Open everything below the last of ``layers``.
+
+        :raises FileNotFoundError: with a sentence, for a backing store that does not exist
+        """
+        topmost = layers[0]
+        seen = {_identity(os.fstat(topmost.fd))}
+        while layers[-1].image.backing is not None:
+            above = layers[-1]
+            if len(layers) > MAX_DEPTH:
+                raise CloneError("UNSAFE_IMAGE", f"{topmost.what} has more than {MAX_DEPTH} images below it")
             path = self._backing_path(above)
             what = f"{path!r}, the backing store of {above.what},"
             try:
                 fd, block = _open_image(path, what)
             except FileNotFoundError as exc:
-                raise CloneError("NO_STORAGE_VOL", f"{what} does not exist") from exc
-            identity = _identity(os.fstat(fd))
-            if identity in seen:
+                raise FileNotFoundError(f"{what} does not exist") from exc
+            try:
+                self._refuse_outside(_path_of(fd), f"{above.what} has the backing store {_path_of(fd)!r}")
+                if _identity(os.fstat(fd)) in seen:
+                    raise CloneError("UNSAFE_IMAGE", f"{what} is part of a loop: it stands above itself")
+                recorded = above.image.backing_format
+                if recorded is not None and recorded not in probe.FORMATS:
+                    raise CloneError("UNSAFE_IMAGE", f"{what} is recorded with the format {recorded!r}, which is not followed")
+                if recorded is None and probe.detect(fd, guards.length(fd)):
+                    raise CloneError(
+                        "UNSAFE_IMAGE",
+                        f"{above.what} does not record the format of its backing store: set it by qemu-img rebase -u -F",
+                    )
+            except BaseException:
                 os.close(fd)
-                raise CloneError("UNSAFE_IMAGE", f"{what} is part of a loop: it stands above itself")
-            seen.add(identity)
-            recorded = above.image.backing_format
-            if recorded is not None and recorded not in probe.FORMATS:
-                os.close(fd)
-                raise CloneError("UNSAFE_IMAGE", f"{what} is recorded with the format {recorded!r}, which is not followed")
-            if recorded is None and probe.detect(fd, guards.length(fd)):
-                os.close(fd)
-                raise CloneError(
-                    "UNSAFE_IMAGE",
-                    f"{above.what} does not record the format of its backing store: set it by qemu-img rebase -u -F",
-                )
-            image = self._add_layer(fd, what, path, block, recorded or "raw")
-            if image.unclean or image.data_file or image.encrypted:
-                raise CloneError("UNSAFE_IMAGE", f"{what} is dirty, encrypted or keeps its data in another file")
+                raise
+            seen.add(_identity(os.fstat(fd)))
+            image = self._add_layer(layers, fd, what, path, block, recorded or "raw")
+            if image.unclean:
+                raise CloneError("CORRUPT_IMAGE", f"{what} is marked {image.unclean}: run qemu-img check on it first")
+            if image.data_file or image.encrypted:
+                raise CloneError("UNSAFE_IMAGE", f"{what} is encrypted or keeps its data in another file")
+
+    def target_layers(self, image: Image) -> t.List[Layer]:
+        """The target and all that lies below it, opened once; it stays within the pools as a source does."""
+        what = f"volume {os.path.basename(_path_of(self.target_fd))!r} of pool {self.pool.name!r}"
+        topmost = OpenImage(self.target_fd, what, _path_of(self.target_fd), image, False, ())
+        if image.backing is not None and not self.target_below:
+            layers = [topmost]
+            try:
+                self._open_chain(layers)
+            except FileNotFoundError as exc:
+                raise CloneError("NO_STORAGE_VOL", str(exc)) from exc
+            finally:
+                self.target_below = layers[1:]
+        return [opened.layer for opened in (topmost, *self.target_below)]
 
     def _backing_path(self, above: OpenImage) -> str:
         recorded = t.cast(str, above.image.backing)
@@ -254,10 +289,11 @@ class Scene:
 
     def _refuse_outside(self, path: str, why: str) -> None:
         if not any(pool.contains(path) for pool in self._pools.values()):
-            raise CloneError(
-                "UNSAFE_IMAGE",
-                f"{why}, outside the pools of this task; if it is meant, name {os.path.dirname(path)!r} as source_pool",
-            )
+            directory = os.path.dirname(path)
+            advice = f"name {directory!r} as source_pool"
+            if self.request.source is not None:
+                advice = f"state the source as source_path, and {advice}"
+            raise CloneError("UNSAFE_IMAGE", f"{why}, outside the pools of this task; if it is meant, {advice}")
 
     def _target(self, pool: DirectoryPool, name: str, source: SourceFacts) -> TargetFacts:
         status = pool.lstat(name)
@@ -317,9 +353,15 @@ class Scene:
             image_format = "raw"
         else:
             image_format = found[0]
-        if image_format in ("raw", "qcow2"):
+        if wanted not in (None, image_format) and image_format not in ("raw", "qcow2"):
+            # It differs already. A guest may have written the magic to its raw disk: no program is let near that.
+            return Image(image_format, size)
+        try:
             return self._read_as(image_format, self.target_fd, size, found, what)
-        return self.qemu.read(Layer(self.target_fd, image_format), what)
+        except CloneError as exc:
+            if exc.code not in ("CORRUPT_IMAGE", "UNSAFE_IMAGE", "NO_SUPPORT", "IO_ERROR"):
+                raise
+            return Image(image_format, size, unreadable=exc.msg)
 
     # --- what only some plans need --------------------------------------------------------------------------------------
 
@@ -327,17 +369,30 @@ class Scene:
         """The facts with the one that the planner asked for."""
         answers: t.Dict[str, t.Callable[[], t.Any]] = {
             "source_writers": self._source_writers,
+            "source_corrupt": self._source_corrupt,
             "target_users": lambda: self._target_users(facts),
             "data_beyond": self._data_beyond,
             "content_equal": lambda: self._content_equal(t.cast(Image, facts.target.image)),
             "space_missing": lambda: self._space_missing(t.cast(Create, asked.draft)),
             "unshareable": self._unshareable,
-            "denied": self._denied,
+            "target_chain": lambda: bool(self.target_layers(t.cast(Image, facts.target.image))),
+            "denied": lambda: self._denied(asked.draft),
         }
         return replace(facts, **{asked.question: answers[asked.question]()})
 
     def _source_writers(self) -> str:
         return next((who for who in map(guards.writers, (image.fd for image in self.layers)) if who), "")
+
+    def _source_corrupt(self) -> str:
+        """What ``qemu-img check`` says of the first image that is not sound. Leaked clusters (status 3) are no damage."""
+        for image in self.layers:
+            if image.image.format in probe.CHECKABLE:
+                arguments = qemu_img.check(image.layer)
+                doing = f"checking {image.what}"
+                status = self.qemu.run(arguments, {image.fd: image.what}, doing, self._watch, quick=True, accept=(0, 2, 3))[0]
+                if status == 2:
+                    return f"{image.what} is corrupt: qemu-img check finds errors in it"
+        return ""
 
     def _target_users(self, facts: Facts) -> str:
         if self.target_fd < 0:
@@ -357,7 +412,9 @@ class Scene:
     def _content_equal(self, target: Image) -> bool:
         names = {image.fd: image.what for image in self.layers}
         names[self.target_fd] = "the target"
-        arguments = qemu_img.compare([image.layer for image in self.layers], Layer(self.target_fd, target.format))
+        below = self.target_layers(target)
+        names.update({image.fd: image.what for image in self.target_below})
+        arguments = qemu_img.compare([image.layer for image in self.layers], below)
         return self.qemu.run(arguments, names, f"comparing with {self.layers[0].what}", self._watch, accept=(0, 1))[0] == 0
 
     def _watch(self) -> None:
@@ -411,11 +468,21 @@ class Scene:
             return "source and target are on different file systems"
         return "the file system cannot share blocks" if kind in _NEVER_SHARE else ""
 
-    def _denied(self) -> str:
+    def _denied(self, draft: t.Optional[Create]) -> str:
+        """``draft``: the step, when it is the only one; libvirt itself may be let do what this user may not."""
         denied = self.pool.denied()
-        if not denied and isinstance(self.pool, LibvirtPool) and self.request.method != "libvirt":
+        by_libvirt = draft is not None and draft.route == "libvirt"
+        if not denied and isinstance(self.pool, LibvirtPool) and not by_libvirt:
             denied = self.pool.cannot_write()
         return denied
+
+    def target_in_use(self, name: str) -> str:
+        """Who uses the target now, or that it is another file by now; empty for neither."""
+        status = self.pool.lstat(name)
+        if status is None or not os.path.samestat(status, os.fstat(self.target_fd)):
+            return "another file has its name by now"
+        who = guards.users(self.target_fd) or self.pool.users_of(self.pool.path_of(name))
+        return f"it is open by {who}" if who else ""
 
 
 def _open_image(path: str, what: str) -> t.Tuple[int, bool]:
@@ -438,6 +505,11 @@ def _open_image(path: str, what: str) -> t.Tuple[int, bool]:
         os.close(fd)
         raise CloneError("INVALID_ARG", f"{what} is {kind_of(opened)}, not a file or block device")
     return fd, stat.S_ISBLK(opened.st_mode)
+
+
+def _path_of(fd: int) -> str:
+    """Where an open file is now, all links resolved."""
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 def _identity(status: os.stat_result) -> t.Tuple[int, ...]:

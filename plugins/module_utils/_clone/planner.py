@@ -4,7 +4,7 @@
 
 """Request and facts in, plan or refusal out. Nothing here looks at the world.
 
-Read this file first: it is the outcome table. The check run is the plan, not carried out, so it tells the truth.
+This is the outcome table. The check run is the plan, not carried out, so it tells the truth.
 
 Most facts are cheap and always there. Some cost something (is the source in use? is the tail all zeros?) and only some
 plans need them; they are None until :class:`Unanswered` asks for them, and then planning starts over.
@@ -90,6 +90,10 @@ class Facts:
     # Asked for when needed:
     #: who has the source open for writing; empty for nobody
     source_writers: t.Optional[str] = None
+    #: why ``qemu-img check`` finds a source unsound; empty when it is sound
+    source_corrupt: t.Optional[str] = None
+    #: that what lies below the target was opened and is where it may be
+    target_chain: t.Optional[bool] = None
     #: who else has the target open; empty for nobody
     target_users: t.Optional[str] = None
     #: offset of the first data that shrinking would cut off, -1 for none
@@ -199,7 +203,8 @@ def plan(request: Request, facts: Facts) -> Plan:
         raise CloneError("STORAGE_VOL_EXIST", f"{_what(facts)} cannot be made: its name is taken by {target.obstacle}")
     result = _existing(request, facts, target.image) if target.image else _absent(request, facts, replaces=False)
     if result.steps and not facts.pool.missing:
-        denied = _known(facts, "denied")
+        only = result.steps[0] if len(result.steps) == 1 else None
+        denied = _known(facts, "denied", only if isinstance(only, Create) else None)
         if denied:
             raise CloneError("OPERATION_DENIED", denied)
     return result
@@ -257,6 +262,8 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
 
 def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
     """What only a replacement could mend, as phrases that name both values."""
+    if image.unreadable:
+        return [image.unreadable]
     found = []
     wanted_format = target_format(request, facts.source.image)
     if wanted_format is not None and image.format != wanted_format:
@@ -269,6 +276,7 @@ def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
     if request.compare == "content" and not found:
         if facts.source.image is None:
             raise CloneError("NO_STORAGE_VOL", f"compare=content: {facts.source.gone}")
+        _refuse_target_chain(facts, image)
         if not _known(facts, "content_equal"):
             found.append(f"its data is not that of {facts.source.what}")
     return found
@@ -290,8 +298,17 @@ def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:
     if image.format not in GROWABLE:
         raise CloneError("NO_SUPPORT", f"{_what(facts)} has {sizes}; a {image.format} volume cannot be grown")
     _refuse_preallocation(request.preallocation, image.format)
+    _refuse_target_chain(facts, image)
     _refuse_in_use(facts, "grown")
     return Grow(image.format, wanted, request.preallocation)
+
+
+def _refuse_target_chain(facts: Facts, image: Image) -> None:
+    """A target's guest, or whoever else wrote to it, must not have us open files outside the pools."""
+    if image.data_file:
+        raise CloneError("UNSAFE_IMAGE", f"{_what(facts)} keeps its data in another file, which is not followed")
+    if image.backing is not None:
+        _known(facts, "target_chain")
 
 
 def _refuse_in_use(facts: Facts, done: str) -> None:
@@ -331,13 +348,11 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
     if facts.pool.missing or source is None:
         if not facts.check_mode or replaces:
             raise CloneError("NO_STORAGE_VOL", facts.source.gone)
-        return _predicted(request, facts, before)
+        return _predicted(request, facts)
     _refuse_source(request, facts, source)
 
     image_format = target_format(request, source) or source.format
-    if request.qcow2 and image_format != "qcow2":
-        raise CloneError("INVALID_ARG", f"qcow2: {sorted(request.qcow2)} has no meaning for a volume of format {image_format}")
-    _refuse_preallocation(request.preallocation, image_format)
+    _refuse_options(request, image_format)
     capacity = _stated_capacity(request, image_format)
     if capacity is None:
         capacity = round_capacity(image_format, source.capacity)
@@ -366,6 +381,9 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
     writers = _known(facts, "source_writers")
     if writers and request.source_in_use == "fail":
         raise CloneError("IN_USE", f"{facts.source.what} is open for writing by {writers}")
+    corrupt = "" if writers else _known(facts, "source_corrupt")
+    if corrupt:
+        raise CloneError("CORRUPT_IMAGE", corrupt)
     missing = _known(facts, "space_missing", step)
     if missing:
         raise CloneError(
@@ -376,7 +394,13 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
     return Plan(before, after, (step,), tuple(warnings))
 
 
-def _predicted(request: Request, facts: Facts, before: t.Optional[State]) -> Plan:
+def _refuse_options(request: Request, image_format: str) -> None:
+    if request.qcow2 and image_format != "qcow2":
+        raise CloneError("INVALID_ARG", f"qcow2: {sorted(request.qcow2)} has no meaning for a volume of format {image_format}")
+    _refuse_preallocation(request.preallocation, image_format)
+
+
+def _predicted(request: Request, facts: Facts) -> Plan:
     """A check run in which an earlier task would have made the pool or the source."""
     why = facts.pool.missing or facts.source.gone
     owner = _new_ownership(request, facts)
@@ -384,9 +408,12 @@ def _predicted(request: Request, facts: Facts, before: t.Optional[State]) -> Pla
     capacity = request.capacity
     if capacity is None and facts.source.image is not None:
         capacity = facts.source.image.capacity
+    if image_format is not None:
+        _refuse_options(request, image_format)
+        capacity = None if capacity is None else round_capacity(image_format, capacity)
     step = Create("copy", image_format or "raw", capacity or 0, owner)
     after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label)
-    return Plan(before, after, (step,), (f"{why}; the check run takes it that an earlier task makes it",))
+    return Plan(None, after, (step,), (f"{why}; the check run takes it that an earlier task makes it",))
 
 
 def _refuse_source(request: Request, facts: Facts, source: Image) -> None:
@@ -427,8 +454,7 @@ def _route(
     if request.method == "libvirt":
         if facts.pool.type == "directory" or facts.source.pool is None or facts.source.pool.startswith("/"):
             raise CloneError("INVALID_ARG", "method=libvirt needs a libvirt pool for both the source and the target")
-        if request.preallocation not in ("off", "metadata"):
-            raise CloneError("NO_SUPPORT", f"method=libvirt has no preallocation={request.preallocation}")
+        _refuse_by_libvirt(request, source, image_format, capacity, features)
         return "libvirt"
     whole_file = (
         image_format == source.format
@@ -450,6 +476,25 @@ def _route(
             f"method=reflink shares the blocks of a whole file; {image_format} from {facts.source.what} needs a conversion",
         )
     return "convert"
+
+
+def _refuse_by_libvirt(
+    request: Request, source: Image, image_format: str, capacity: int, features: t.Optional[Qcow2Features]
+) -> None:
+    """What libvirt's own clone call cannot be told, or does not do."""
+    impossible = {
+        f"preallocation={request.preallocation}": request.preallocation not in ("off", "metadata"),
+        "a smaller capacity": capacity < source.capacity,
+        f"a larger capacity for the format {image_format}": capacity > source.capacity and image_format not in GROWABLE,
+        "qcow2.refcount_bits": features is not None and features.refcount_bits != 16,
+        "qcow2.compression_type": features is not None and features.compression_type != "zlib",
+        "a SELinux context": bool(request.label),
+        # libvirt probes the source again, and follows whatever names it finds then.
+        f"source_format=raw for what begins as {source.magic}": source.magic is not None,
+    }
+    for what, wanted in impossible.items():
+        if wanted:
+            raise CloneError("NO_SUPPORT", f"method=libvirt cannot do {what}")
 
 
 def _dropped(source: Image) -> t.Tuple[str, ...]:

@@ -38,6 +38,8 @@ class Mode:
         self._octal: t.Optional[int] = None
         self._clauses: t.List[t.Tuple[str, str, str]] = []
         text = str(value).strip()
+        if isinstance(value, bool):
+            raise CloneError("INVALID_ARG", f"{parameter}: {value!r} is neither an octal nor a symbolic mode")
         if isinstance(value, int):
             self._octal = value
         elif re.fullmatch(r"(0o)?[0-7]+", text):
@@ -227,16 +229,19 @@ def _qcow2_options(given: t.Mapping[str, t.Any], xml: _xml.VolumeXML, image_form
     stated = {key: value for key, value in given.items() if value is not None}
     if stated and image_format not in (None, "qcow2"):
         raise CloneError("INVALID_ARG", f"qcow2: {sorted(stated)} has no meaning for format={image_format}")
-    options: t.Dict[str, t.Any] = {
-        "compat": xml.compat,
-        "cluster_size": xml.cluster_size,
-        "lazy_refcounts": xml.lazy_refcounts,
-        "extended_l2": xml.extended_l2,
-    }
+    options: t.Dict[str, t.Any] = {}
+    if image_format in (None, "qcow2"):
+        # Of the XML of a qcow2 volume, with another format stated by the parameter that wins over it, nothing is left.
+        options = {
+            "compat": xml.compat,
+            "cluster_size": xml.cluster_size,
+            "lazy_refcounts": xml.lazy_refcounts,
+            "extended_l2": xml.extended_l2,
+        }
     options.update({key: value for key, value in stated.items() if key != "nocow"})
-    if isinstance(options["cluster_size"], str):
-        options["cluster_size"] = _units.parse_capacity(options["cluster_size"], "qcow2.cluster_size")
-    size = options["cluster_size"]
+    size = options.get("cluster_size")
+    if isinstance(size, str):
+        size = options["cluster_size"] = _units.parse_capacity(size, "qcow2.cluster_size")
     if size is not None and (size & (size - 1) or not 512 <= size <= 2 << 20):
         raise CloneError("INVALID_ARG", f"qcow2.cluster_size: {size} is not a power of two between 512 and 2097152 bytes")
     return {key: value for key, value in options.items() if value is not None}
@@ -306,17 +311,21 @@ def _names_format(ending: str, image_format: t.Optional[str]) -> bool:
 
 
 def _user(value: str) -> int:
-    try:
-        return int(value) if value.isdigit() else pwd.getpwnam(value).pw_uid
-    except KeyError:
-        raise CloneError("INVALID_ARG", f"owner: there is no user {value!r}") from None
+    return _id(value, "owner", "user", lambda name: pwd.getpwnam(name).pw_uid)
 
 
 def _group(value: str) -> int:
+    return _id(value, "group", "group", lambda name: grp.getgrnam(name).gr_gid)
+
+
+def _id(value: str, parameter: str, kind: str, look_up: t.Callable[[str], int]) -> int:
+    """A number, or what the name stands for. 4294967295 is no number of anybody: chown(2) takes it for "leave as it is"."""
+    if re.fullmatch("[0-9]{1,10}", value) and int(value) < 2**32 - 1:
+        return int(value)
     try:
-        return int(value) if value.isdigit() else grp.getgrnam(value).gr_gid
-    except KeyError:
-        raise CloneError("INVALID_ARG", f"group: there is no group {value!r}") from None
+        return look_up(value)
+    except (KeyError, ValueError):
+        raise CloneError("INVALID_ARG", f"{parameter}: there is no {kind} {value!a}") from None
 
 
 def _mode(value: t.Union[int, str, None], in_xml: t.Optional[int]) -> t.Optional[Mode]:

@@ -25,6 +25,8 @@ FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "qcow")
 GROWABLE = ("raw", "qcow2", "qed")
 # qemu-img makes them with a capacity of 0, and then cannot open them (7.2).
 EMPTY_UNREADABLE = ("vmdk", "qcow")
+#: Formats that "qemu-img check" knows.
+CHECKABLE = ("qcow2", "qed", "vmdk", "vdi", "vhdx")
 #: Every format but raw counts in sectors.
 SECTOR = 512
 
@@ -61,6 +63,8 @@ class Image:
     data_file: bool = False
     #: why the content cannot be relied on (``dirty``, ``corrupt``), or None
     unclean: t.Optional[str] = None
+    #: why its bytes could not be read as this format; only of a target, which is then judged as different
+    unreadable: str = ""
     #: a format whose magic the bytes carry although they are read as raw
     magic: t.Optional[str] = None
 
@@ -90,7 +94,7 @@ def detect(fd: int, size: int) -> t.Tuple[str, ...]:
         found.append("vpc")
     if head[64:68] == b"\x7f\x10\xda\xbe":
         found.append("vdi")
-    if not found and size >= SECTOR and os.pread(fd, 8, size - SECTOR) == b"conectix":
+    if "vpc" not in found and size >= SECTOR and os.pread(fd, 8, size - SECTOR) == b"conectix":
         found.append("vpc-footer")
     return tuple(found)
 
@@ -106,7 +110,8 @@ def choose_format(found: t.Sequence[str], pinned: t.Optional[str], what: str) ->
         return "raw"
     if len(found) > 1:
         raise CloneError(
-            "UNSAFE_IMAGE", f"{what} can be read as {' and as '.join(found)}: set source_format to the one that is meant"
+            "UNSAFE_IMAGE",
+            f"{what} can be read as {' and as '.join(found).replace('-footer', '')}: set source_format to what is meant",
         )
     if found[0] == "vpc-footer":
         raise CloneError(
@@ -233,8 +238,12 @@ def _refuse_vmdk_references(fd: int, what: str) -> None:
     head = os.pread(fd, SECTOR, 0)
     if head[:4] != b"KDMV":
         raise CloneError("UNSAFE_IMAGE", f"{what} is a vmdk that keeps its data in other files")
+    if head[12:20] == bytes(8):
+        # QEMU then takes the descriptor inside for a list of other files, by its own rules of reading it.
+        raise CloneError("UNSAFE_IMAGE", f"{what} is a vmdk without a capacity of its own, which keeps its data in other files")
     at, sectors = struct.unpack_from("<QQ", head, 28)
-    text = os.pread(fd, min(sectors * SECTOR, 64 * 1024), at * SECTOR) if at else b""
+    # QEMU reads 20 sectors whatever the header says (vmdk.c, DESC_SIZE).
+    text = os.pread(fd, min(max(sectors, 20) * SECTOR, 64 * 1024), at * SECTOR) if at else b""
     descriptor = text.split(b"\0", 1)[0].decode("utf-8", "replace").lower()
     kind = next((line.split("=", 1)[1].strip(' "\r') for line in descriptor.split("\n") if line.startswith("createtype")), "")
     if kind not in ("monolithicsparse", "streamoptimized"):

@@ -31,6 +31,10 @@ _CPU_LIMIT = 30
 _LOCKED = re.compile(r'Failed to get (?:shared )?"[a-z ]+" lock')
 
 
+# Formats with a backing store, of which "null" says that there is none.
+_BACKED = ("qcow2", "qed", "qcow", "vmdk")
+
+
 @dataclass(frozen=True)
 class Layer:
     """One open image file of a chain.
@@ -51,10 +55,10 @@ class Layer:
 def source_arguments(layers: t.Sequence[Layer]) -> t.List[str]:
     """How to name a source whose first layer is the topmost.
 
-    A lone image is ``-f FORMAT PATH``. A chain is spelled out layer by layer, so that the names which the images record
-    are not looked up again: between our look and theirs they could have come to mean another file.
+    A chain is spelled out layer by layer, and said to end where ours ends, so that no name which an image records is looked
+    up by qemu: since our look at the header it could have come to say another thing, or the name to mean another file.
     """
-    if len(layers) == 1 and layers[0].size is None:
+    if len(layers) == 1 and layers[0].size is None and layers[0].format not in _BACKED:
         return ["-f", layers[0].format, layers[0].path]
     node: t.Optional[t.Dict[str, t.Any]] = None
     for layer in reversed(layers):
@@ -62,7 +66,7 @@ def source_arguments(layers: t.Sequence[Layer]) -> t.List[str]:
         if layer.size is not None:
             node.update(offset=0, size=layer.size)
         node["file"] = {"driver": "host_device" if layer.block else "file", "filename": layer.path}
-        if below is not None:
+        if below is not None or layer.format in _BACKED:
             node["backing"] = below
     return ["json:" + json.dumps(node)]
 
@@ -106,13 +110,18 @@ def convert(layers: t.Sequence[Layer], target: Layer, options: t.List[str], exis
     return ["convert", *order, *into, "-O", target.format, *source_arguments(layers), target.path]
 
 
-def resize(target: Layer, capacity: int, preallocation: str) -> t.List[str]:
+def resize(layers: t.Sequence[Layer], capacity: int, preallocation: str) -> t.List[str]:
+    """With what lies below: where that is longer than the image was, qemu has to write zeros over it."""
     extra = [] if preallocation == "off" else [f"--preallocation={preallocation}"]
-    return ["resize", "-q", "-f", target.format, *extra, target.path, str(capacity)]
+    return ["resize", "-q", *extra, *source_arguments(layers), str(capacity)]
 
 
-def amend_compat(target: Layer) -> t.List[str]:
-    return ["amend", "-q", "-f", target.format, "-o", "compat=1.1", target.path]
+def amend_compat(layers: t.Sequence[Layer]) -> t.List[str]:
+    return ["amend", "-q", "-o", "compat=1.1", *source_arguments(layers)]
+
+
+def check(layer: Layer) -> t.List[str]:
+    return ["check", "-q", *source_arguments([layer])]
 
 
 def info(layer: Layer) -> t.List[str]:
@@ -120,9 +129,10 @@ def info(layer: Layer) -> t.List[str]:
     return ["info", "-U", "--output=json", "-f", layer.format, layer.path]
 
 
-def compare(layers: t.Sequence[Layer], target: Layer) -> t.List[str]:
-    source = source_arguments(layers)
-    return ["compare", "-q", "-U", *source[:-1], "-F", target.format, source[-1], target.path]
+def compare(layers: t.Sequence[Layer], target: t.Sequence[Layer]) -> t.List[str]:
+    *source_format, source = source_arguments(layers)
+    *target_format, image = source_arguments(target)
+    return ["compare", "-q", "-U", *source_format, *(["-F", target_format[1]] if target_format else []), source, image]
 
 
 def measure(layers: t.Sequence[Layer], target_format: str, options: t.List[str]) -> t.List[str]:
@@ -190,9 +200,9 @@ class QemuImg:
             raise _failure(process.returncode, err.decode("utf-8", "replace"), names, doing)
         return process.returncode, out.decode("utf-8", "replace")
 
-    def read(self, layer: Layer, name: str) -> Image:
+    def read(self, layer: Layer, name: str, watch: t.Callable[[], None]) -> Image:
         """Describe an image of any format by ``qemu-img info``; its own format is given, never probed."""
-        out = self.run(info(layer), {layer.fd: name}, f"reading {name} as {layer.format}", quick=True)[1]
+        out = self.run(info(layer), {layer.fd: name}, f"reading {name} as {layer.format}", watch, quick=True)[1]
         described = json.loads(out)
         data = described.get("format-specific", {}).get("data", {})
         return Image(
@@ -233,7 +243,7 @@ def _failure(status: int, stderr: str, names: t.Mapping[int, str], doing: str) -
     text = stderr.strip()
     for fd, name in names.items():
         # Its messages know only descriptors; a person knows names.
-        text = re.sub(rf"'?/proc/self/fd/{fd}\b'?", name, text)
+        text = re.sub(rf"'?/proc/self/fd/{fd}\b'?", lambda _match, name=name: name, text)  # type: ignore[misc]
     text = "; ".join(line.replace("qemu-img: ", "", 1) for line in text.splitlines()[-3:]) or f"exit status {status}"
     if status < 0:
         text = f"qemu-img was ended by signal {signal.Signals(-status).name}" + (f" ({text})" if stderr.strip() else "")

@@ -48,6 +48,12 @@ class DirectoryPool:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError as exc:
                 raise CloneError("NO_STORAGE_POOL", f"pool {self.name!r}: the directory {self.path!r} does not exist") from exc
+            except PermissionError as exc:
+                # A pool like /var/lib/libvirt/images, mode 0711, can be passed through though not be listed.
+                try:
+                    self._fd = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                except OSError:
+                    raise from_os_error(exc, f"opening pool {self.name!r}, {self.path!r},") from exc
             except NotADirectoryError as exc:
                 raise CloneError("INVALID_ARG", f"pool {self.name!r}: {self.path!r} is not a directory") from exc
             except OSError as exc:

@@ -47,6 +47,8 @@ def share(source: int, target: int) -> t.Optional[str]:
         if exc.errno in _CANNOT_SHARE:
             return _CANNOT_SHARE[exc.errno]
         raise
+    if os.fstat(target).st_size != os.fstat(source).st_size:
+        raise CloneError("IO_ERROR", "the file system said that it shared the blocks of the source, but did not")
     return None
 
 
@@ -124,10 +126,12 @@ def nonzero_runs(data: memoryview, position: int) -> t.Iterator[t.Tuple[int, int
 def _write_all(fd: int, data: memoryview, position: int) -> None:
     while len(data):
         written = os.pwrite(fd, data, position)
+        if not 0 < written <= len(data):
+            raise CloneError("IO_ERROR", f"the file system said that it wrote {written} of {len(data)} bytes")
         data, position = data[written:], position + written
 
 
-def preallocate(fd: int, start: int, end: int, mode: str) -> None:
+def preallocate(fd: int, start: int, end: int, mode: str, watch: t.Callable[[], None]) -> None:
     """Back the bytes from ``start`` to ``end`` of a raw file by storage: ``falloc`` reserves blocks, ``full`` writes them too.
 
     :raises CloneError: ``NO_SUPPORT`` where the file system cannot reserve.
@@ -145,6 +149,7 @@ def preallocate(fd: int, start: int, end: int, mode: str) -> None:
         raise
     for begin, stop in empty:
         for at in range(begin, stop, _CHUNK):
+            watch()
             _write_all(fd, memoryview(_ZEROS)[: min(_CHUNK, stop - at)], at)
 
 

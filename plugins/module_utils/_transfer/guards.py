@@ -27,6 +27,7 @@ _F_OFD_GETLK, _F_OFD_SETLK = 36, 37  # in Python's fcntl only since 3.9
 # 0 consistent read, 1 write, 2 write unchanged, 3 resize.
 _READER = (100, 201, 203)
 _WRITERS = (101, 103, 200)
+_OWNER = (100, 101, 103, 201, 203)
 _ANYBODY = (100, 101, 103, 200, 201, 203)
 _BLKGETSIZE64 = 0x80081272
 
@@ -56,19 +57,18 @@ def users(fd: int) -> str:
 class Hold:
     """Keeps writers away from open source files, and notices one that comes all the same.
 
-    :param files: descriptor and name of every layer
+    :param files: descriptor and name of every layer, and its :func:`version` when it was first looked at
     """
 
-    def __init__(self, files: t.Sequence[t.Tuple[int, str]]) -> None:
+    def __init__(self, files: t.Sequence[t.Tuple[int, str, t.Tuple[int, ...]]]) -> None:
         self._files = files
         self._leased: t.List[t.Tuple[int, str]] = []
-        self._before: t.List[t.Tuple[int, int]] = []
 
     def __enter__(self) -> Hold:
         # The kernel announces the end of a lease by SIGIO, which would end the process; check() asks instead.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         try:
-            for fd, name in self._files:
+            for fd, name, _before in self._files:
                 for byte in _READER:
                     _set_lock(fd, fcntl.F_RDLCK, byte)
                 who = writers(fd)
@@ -80,7 +80,6 @@ class Hold:
                         who = "another process" if exc.errno == errno.EAGAIN else ""
                 if who:
                     raise CloneError("IN_USE", f"{name} is open for writing by {who}")
-                self._before.append(_version(fd))
         except BaseException:
             self.__exit__()
             raise
@@ -88,8 +87,12 @@ class Hold:
 
     def __exit__(self, *_exc: object) -> None:
         while self._leased:
-            fcntl.fcntl(self._leased.pop()[0], fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        for fd, _name in self._files:
+            try:
+                fcntl.fcntl(self._leased.pop()[0], fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            except OSError:
+                # The kernel takes a lease back after 45 s (lease-break-time); then there is none to give up.
+                pass
+        for fd, _name, _before in self._files:
             for byte in _READER:
                 _set_lock(fd, fcntl.F_UNLCK, byte)
 
@@ -100,16 +103,23 @@ class Hold:
                 raise CloneError("IN_USE", f"{name} was opened for writing while it was read")
 
     def finish(self) -> None:
-        """Raise ``IN_USE`` unless every source is what it was at the start. To be called before anything is published."""
+        """Raise ``IN_USE`` unless every source is what it was when it was looked at. For before anything is published."""
         self.check()
-        for (fd, name), before in zip(self._files, self._before):
-            if _version(fd) != before:
+        for fd, name, before in self._files:
+            if version(fd) != before:
                 raise CloneError("IN_USE", f"{name} changed while it was read")
 
 
-def _version(fd: int) -> t.Tuple[int, int]:
+def version(fd: int) -> t.Tuple[int, ...]:
+    """Something that changes when a file is written to; empty for a device, which has nothing of the kind."""
     status = os.fstat(fd)
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (0, 0)
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns) if stat.S_ISREG(status.st_mode) else ()
+
+
+def claim(fd: int) -> None:
+    """Have qemu refuse to open a raw file that is about to grow, as another qemu would; ends when the file is closed."""
+    for byte in _OWNER:
+        _set_lock(fd, fcntl.F_RDLCK, byte)
 
 
 def length(fd: int) -> int:

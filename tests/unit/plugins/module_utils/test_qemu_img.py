@@ -14,6 +14,8 @@ from ansible_collections.virtforge.libvirt.plugins.module_utils._images.probe im
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images.qemu_img import Layer
 
 QCOW2, RAW, TARGET = Layer(5, "qcow2"), Layer(6, "raw"), Layer(9, "vmdk")
+# Nothing that its header may say by then is followed.
+ALONE = 'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/proc/self/fd/5"}, "backing": null}'
 
 
 @pytest.mark.parametrize(
@@ -21,11 +23,11 @@ QCOW2, RAW, TARGET = Layer(5, "qcow2"), Layer(6, "raw"), Layer(9, "vmdk")
     [
         (
             qemu_img.convert([QCOW2], TARGET, [], exists=False),
-            "convert -O vmdk -f qcow2 /proc/self/fd/5 /proc/self/fd/9",
+            "convert -O vmdk " + ALONE + " /proc/self/fd/9",
         ),
         (
             qemu_img.convert([QCOW2], Layer(9, "raw"), [], exists=True),
-            "convert -W -n --target-is-zero -O raw -f qcow2 /proc/self/fd/5 /proc/self/fd/9",
+            "convert -W -n --target-is-zero -O raw " + ALONE + " /proc/self/fd/9",
         ),
         (
             qemu_img.convert([RAW], Layer(9, "qcow2"), [], exists=False),
@@ -37,7 +39,7 @@ QCOW2, RAW, TARGET = Layer(5, "qcow2"), Layer(6, "raw"), Layer(9, "vmdk")
         ),
         (
             qemu_img.convert([QCOW2], Layer(9, "vpc"), ["-o", "force_size=on"], exists=False),
-            "convert -o force_size=on -O vpc -f qcow2 /proc/self/fd/5 /proc/self/fd/9",
+            "convert -o force_size=on -O vpc " + ALONE + " /proc/self/fd/9",
         ),
         (
             qemu_img.convert([RAW], TARGET, ["-o", "ignored=1"], exists=True),
@@ -48,14 +50,18 @@ QCOW2, RAW, TARGET = Layer(5, "qcow2"), Layer(6, "raw"), Layer(9, "vmdk")
             qemu_img.create(Layer(9, "qcow2"), ["-o", "compat=1.1"], 1024),
             "create -q -f qcow2 -o compat=1.1 /proc/self/fd/9 1024",
         ),
-        (qemu_img.resize(QCOW2, 2048, "off"), "resize -q -f qcow2 /proc/self/fd/5 2048"),
-        (qemu_img.resize(QCOW2, 2048, "falloc"), "resize -q -f qcow2 --preallocation=falloc /proc/self/fd/5 2048"),
-        (qemu_img.amend_compat(QCOW2), "amend -q -f qcow2 -o compat=1.1 /proc/self/fd/5"),
+        (qemu_img.resize([QCOW2], 2048, "off"), f"resize -q {ALONE} 2048"),
+        (qemu_img.resize([QCOW2], 2048, "falloc"), f"resize -q --preallocation=falloc {ALONE} 2048"),
+        (qemu_img.resize([RAW], 2048, "off"), "resize -q -f raw /proc/self/fd/6 2048"),
+        (qemu_img.amend_compat([QCOW2]), f"amend -q -o compat=1.1 {ALONE}"),
+        (qemu_img.check(QCOW2), f"check -q {ALONE}"),
+        (qemu_img.check(Layer(6, "vdi")), "check -q -f vdi /proc/self/fd/6"),
         (qemu_img.info(QCOW2), "info -U --output=json -f qcow2 /proc/self/fd/5"),
-        (qemu_img.compare([QCOW2], RAW), "compare -q -U -f qcow2 -F raw /proc/self/fd/5 /proc/self/fd/6"),
+        (qemu_img.compare([QCOW2], [RAW]), f"compare -q -U -F raw {ALONE} /proc/self/fd/6"),
+        (qemu_img.compare([RAW], [QCOW2]), f"compare -q -U -f raw /proc/self/fd/6 {ALONE}"),
         (
             qemu_img.measure([QCOW2], "raw", []),
-            "measure --output=json -O raw -f qcow2 /proc/self/fd/5",
+            f"measure --output=json -O raw {ALONE}",
         ),
     ],
 )
@@ -140,3 +146,8 @@ def test_a_missing_qemu_img_is_named(monkeypatch):
     with pytest.raises(qemu_img.CloneError, match="qemu-utils on Debian") as caught:
         qemu_img.QemuImg().run(["info"], {}, "reading")
     assert caught.value.code == "MISSING_DEPENDENCY"
+
+
+def test_a_name_in_a_message_may_hold_anything():
+    error = qemu_img._failure(1, "qemu-img: Could not open '/proc/self/fd/5': no", {5: r"volume '\xa0\g<1>'"}, "reading")
+    assert error.msg == r"reading failed: Could not open volume '\xa0\g<1>': no"
