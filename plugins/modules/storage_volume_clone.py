@@ -98,8 +98,8 @@ options:
     type: str
   capacity:
     description:
-      - Size that a guest sees, in libvirt's units in any case, or in bytes. V(40G) and V(40GiB) are 40 * 2^30 bytes, V(40 GB) is
-        40 * 10^9.
+      - Size that a guest sees, in libvirt's units in any case, or in bytes. V(40G) and V(40GiB) are 40 * 2^30 bytes,
+        V(40 GB) is 40 * 10^9.
       - Exact, or the smallest size above it that the format can represent. The source's where not stated.
     type: str
     aliases: [size]
@@ -344,9 +344,9 @@ volume:
       returned: success
       sample: '0600'
     secontext:
-      description: Its SELinux context, null where it has none.
+      description: Its SELinux context.
       type: str
-      returned: success
+      returned: when it has one
       sample: system_u:object_r:virt_image_t:s0
     changed:
       description: Whether anything was done to it.

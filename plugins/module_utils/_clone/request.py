@@ -238,7 +238,7 @@ def _qcow2_options(given: t.Mapping[str, t.Any], xml: _xml.VolumeXML, image_form
             "lazy_refcounts": xml.lazy_refcounts,
             "extended_l2": xml.extended_l2,
         }
-    options.update({key: value for key, value in stated.items() if key != "nocow"})
+    options.update(stated)
     size = options.get("cluster_size")
     if isinstance(size, str):
         size = options["cluster_size"] = _units.parse_capacity(size, "qcow2.cluster_size")

@@ -192,3 +192,29 @@ def test_other_names_for_raw(alias):
 )
 def test_qcow2_options_come_from_the_task_then_the_source_then_the_defaults(stated, source, expected):
     assert request.qcow2_features(stated, source) == expected
+
+
+XML_QCOW2 = (
+    "<volume><name>web</name><capacity>5</capacity><target><format type='qcow2'/><compat>1.1</compat>"
+    "<clusterSize unit='KiB'>64</clusterSize></target></volume>"
+)
+
+
+def test_a_format_that_wins_over_the_xml_takes_its_qcow2_options_along():
+    stated = build(xml=XML_QCOW2, format="raw")
+    assert (stated.format, stated.qcow2) == ("raw", {})
+    stated = build(xml=XML_QCOW2)
+    assert (stated.format, stated.qcow2) == ("qcow2", {"compat": "1.1", "cluster_size": 65536})
+
+
+@pytest.mark.parametrize("parameter", ["owner", "group"])
+@pytest.mark.parametrize("value", ["4294967295", "99999999999", "\u00b2", "-1", "", "\0", "nobody of that name"])
+def test_owners_that_nobody_is(parameter, value):
+    with pytest.raises(CloneError, match=f"^{parameter}: there is no") as caught:
+        build(**{parameter: value})
+    assert caught.value.code == "INVALID_ARG"
+
+
+@pytest.mark.parametrize("value, number", [("0", 0), ("4294967294", 4294967294), ("root", 0)])
+def test_owners(value, number):
+    assert build(owner=value).owner == number
