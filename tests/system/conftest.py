@@ -79,8 +79,8 @@ def make_file_system(kind, image, size, place):
     """A file system in a file, mounted."""
     with open(image, "wb") as file:
         file.truncate(size)
-    options = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}[kind]
-    run(f"mkfs.{kind}", *options, image)
+    options = {"xfs": ["-m", "reflink=1"], "xfs without reflink": ["-m", "reflink=0"], "btrfs": [], "ext4": ["-F"]}[kind]
+    run(f"mkfs.{kind.split()[0]}", "-q", *options, image)
     place.mkdir()
     device = run("losetup", "-f", "--show", image).strip()
     try:

@@ -204,6 +204,19 @@ def test_no_space_is_told_before_the_copy(small_file_system, pool, stated):
     assert sorted(os.listdir(small)) == ["lost+found"]
 
 
+def test_no_space_where_only_trying_tells_that_blocks_cannot_be_shared(small_file_system):
+    small = small_file_system("xfs without reflink", 300 * MIB)
+    harness.make_raw(small / "base.raw", 200 * MIB, pieces=((0, 160),))
+    free = os.statvfs(small).f_bfree
+    result = module({"pool": small, "source": "base.raw", "name": "web"})
+    assert result["failed"] and result["error_code"] == "NO_SPACE", result
+    assert "bytes are missing" in result["msg"]
+    result = module({"pool": small, "source": "base.raw", "name": "web", "method": "reflink"})
+    assert result["failed"] and result["error_code"] == "NO_SUPPORT", result
+    assert os.listdir(small) == ["base.raw"]
+    assert os.statvfs(small).f_bfree == free
+
+
 def test_a_preallocated_volume_that_cannot_fit(small_file_system, pool, raw):
     small = small_file_system("ext4", 24 * MIB)
     refused("NO_SPACE", pool=small, source_pool=pool, source="base.raw", name="web", preallocation="falloc")

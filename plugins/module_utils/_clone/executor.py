@@ -141,7 +141,7 @@ def _create(scene: Scene, facts: Facts, step: Create) -> Transfer:
 def _failed(scene: Scene, step: Create, target: int, exc: t.Union[OSError, CloneError], doing: str) -> CloneError:
     """The error for a volume that could not be written; that of a full pool says how many bytes are missing."""
     error = exc if isinstance(exc, CloneError) else from_os_error(exc, doing)
-    if error.code != "NO_SPACE" or " bytes " in error.msg:
+    if error.code != "NO_SPACE":
         return error
     needed = scene.space_needed(step)
     # What the staged file has taken is free again in a moment.
@@ -168,9 +168,8 @@ def _copy(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[
     if reason is not None:
         if method == "reflink":
             raise CloneError("NO_SUPPORT", f"method=reflink is not possible for {what}: {reason}")
-        missing = scene.space_needed(step) - scene.pool.available()
-        if missing > 0:
-            raise CloneError("NO_SPACE", f"writing {what} needs {missing} bytes more than are free in the pool")
+        if scene.space_needed(step) > scene.pool.available():
+            raise CloneError("NO_SPACE", f"writing {what} is not possible: {reason}, and the pool has no space for all of it")
         length = guards.length(source.fd)
         if source.image.format == "raw":
             length = min(length, step.capacity)

@@ -169,7 +169,7 @@ def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
         source_in_use=params.get("source_in_use") or "fail",
         lock_timeout=t.cast(float, _seconds(params, "lock_timeout", 300.0)),
         timeout=_seconds(params, "timeout", None),
-        max_capacity=_units.parse_capacity(params.get("max_capacity") or "64TiB", "max_capacity"),
+        max_capacity=_units.parse_capacity(params.get("max_capacity", "64TiB"), "max_capacity"),
     )
 
 

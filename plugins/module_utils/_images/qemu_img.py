@@ -204,15 +204,13 @@ class QemuImg:
         """Describe an image of any format by ``qemu-img info``; its own format is given, never probed."""
         out = self.run(info(layer), {layer.fd: name}, f"reading {name} as {layer.format}", watch, quick=True)[1]
         described = json.loads(out)
-        data = described.get("format-specific", {}).get("data", {})
         return Image(
             layer.format,
             int(described["virtual-size"]),
             described.get("backing-filename"),
             described.get("backing-filename-format"),
-            snapshots=len(described.get("snapshots", ())),
             encrypted=bool(described.get("encrypted")),
-            unclean="dirty" if described.get("dirty-flag") else "corrupt" if data.get("corrupt") else None,
+            unclean="dirty" if described.get("dirty-flag") else None,
         )
 
 

@@ -34,24 +34,23 @@ _BLKGETSIZE64 = 0x80081272
 
 def writers(fd: int) -> str:
     """Who has the file open for writing, as a phrase for a message; empty when nobody has."""
-    if _qemu_holds(fd, _WRITERS):
-        return _who(fd, writing=True) or "another qemu process"
-    lease = _lease_free(fd, fcntl.F_RDLCK)
-    if lease is None or not lease:
-        names = _who(fd, writing=True)
-        return names or ("" if lease is None else "another process")
-    return ""
+    return _others(fd, _WRITERS, fcntl.F_RDLCK, writing=True)
 
 
 def users(fd: int) -> str:
     """Who else has the file open at all, as a phrase for a message; empty when nobody has."""
-    if _qemu_holds(fd, _ANYBODY):
-        return _who(fd, writing=False) or "another qemu process"
-    lease = _lease_free(fd, fcntl.F_WRLCK)
-    if lease is None or not lease:
-        names = _who(fd, writing=False)
-        return names or ("" if lease is None else "another process")
-    return ""
+    return _others(fd, _ANYBODY, fcntl.F_WRLCK, writing=False)
+
+
+def _others(fd: int, lock_bytes: t.Iterable[int], lease: int, writing: bool) -> str:
+    """qemu's locks tell of other hosts too; a lease is refused while anybody here has the file open; /proc knows names."""
+    if _qemu_holds(fd, lock_bytes):
+        return _who(fd, writing) or "another qemu process"
+    free = _lease_free(fd, lease)
+    if free:
+        return ""
+    # Where leases cannot tell, only the processes that this user may see count.
+    return _who(fd, writing) or ("" if free is None else "another process")
 
 
 class Hold:
