@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -89,13 +90,20 @@ def test_xml_of_our_own_making_is_valid():
     from ansible_collections.virtforge.libvirt.plugins.module_utils import _xml
 
     schema = etree.RelaxNG(etree.parse(RNG))
-    for stated in (
-        {},
-        {"format": "qcow2", "compat": "1.1", "cluster_size": 65536, "lazy_refcounts": True, "extended_l2": True},
-        {"format": "raw", "mode": 0o640, "owner": 64055, "group": 108, "allocation": 5},
-        {"format": "qcow2", "nocow": True},
-    ):
-        schema.assertValid(etree.fromstring(_xml.volume_xml(name="a & <b>.qcow2", capacity=1 << 40, **stated)))
+    choices = {
+        "format": [None, "qcow2", "raw"],
+        "mode": [None, 0, 0o600],
+        "owner": [None, 0],
+        "group": [None, 36],
+        "compat": [None, "1.1"],
+        "cluster_size": [None, 65536],
+        "lazy_refcounts": [None, True],
+        "extended_l2": [None, True],
+        "nocow": [None, True],
+    }
+    for chosen in itertools.product(*choices.values()):
+        document = _xml.volume_xml(name="a & <b>.qcow2", capacity=2**63 - 1, **dict(zip(choices, chosen)))
+        schema.assertValid(etree.fromstring(document))
 
 
 def test_between_pools_of_libvirt_and_directories(libvirt_pool, libvirt_pool2, pool, pool2, qcow2, any_pool):
