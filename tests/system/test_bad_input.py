@@ -11,7 +11,7 @@ import socket
 
 import harness
 import pytest
-from harness import MIB, module, refused, result_of, run, start
+from harness import MIB, clone, module, refused, result_of, run, start
 
 XML = "<volume><name>{}</name><capacity unit='{}'>1</capacity></volume>"
 
@@ -232,6 +232,22 @@ def test_without_permission(pool, qcow2):
             assert result["failed"] and result["error_code"] == "OPERATION_DENIED", result
             assert ("become" in result["msg"]) == ("source" in stated)
     assert not (pool / "web").exists()
+
+
+def test_a_pool_that_may_be_passed_through_but_not_listed(pool, qcow2):
+    """As /var/lib/libvirt/images is; what there is to do decides."""
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
+    qcow2.chmod(0o644)
+    clone(pool=pool, source="base.qcow2", name="web")
+    for mode in (0o711, 0o733):
+        pool.chmod(mode)
+        for checked in (True, False):
+            params = {"pool": pool, "source": "base.qcow2"}
+            result = module({**params, "name": "new"}, check=checked, prefix=user)
+            assert result["failed"] and result["error_code"] == "OPERATION_DENIED", result
+            assert "become" in result["msg"]
+            assert module({**params, "name": "web"}, check=checked, prefix=user)["actions"] == []
+    pool.chmod(0o755)
 
 
 def test_a_read_only_file_system(small_file_system, raw, pool):

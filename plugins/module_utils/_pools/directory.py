@@ -82,7 +82,8 @@ class DirectoryPool:
 
     def denied(self) -> str:
         """Why this user may not change the pool; empty when he may."""
-        if os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+        # Reading too: a new volume is durable once its directory was opened and written out.
+        if os.access(self.path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
             return ""
         return f"pool {self.name!r}: this user may not write to {self.path!r}; use become"
 
