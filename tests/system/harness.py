@@ -265,14 +265,29 @@ def unnamed_files(place):
     return modes
 
 
-def processes_with(text):
+def commands():
+    """Number and command line of every process."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-            if text in words:
-                found.append(words)
+            found.append((int(pid), words))
     return found
+
+
+def processes_with(text):
+    return [words for _pid, words in commands() if text in words]
+
+
+def opened_by(process, path):
+    """Whether the module that runs in this process, or under strace in a child of it, has the file open."""
+    for pid, words in commands():
+        if str(HERE / "driver.py") in words:
+            with contextlib.suppress(OSError):
+                for number in os.listdir(f"/proc/{pid}/fd"):
+                    if os.readlink(f"/proc/{pid}/fd/{number}") == str(path):
+                        return True
+    return process.poll() is not None
 
 
 def wait_until(true, seconds=10):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import time
 
 import harness
@@ -75,6 +76,20 @@ def test_two_hundred_kills_over_copies_and_conversions(request, sources, pool, k
     # Kills that always come too early or too late would prove nothing.
     assert absent >= KILLS // 8 and complete >= 3, (absent, complete)
     assert before == [fingerprint(sources / name) for name in ("base.raw", "base.qcow2")]
+
+
+def test_qemu_img_dies_with_the_module(sources, pool):
+    """It is slowed down so that it would live on for half a minute."""
+    slow = ["strace", "-qq", "-f", "-o", "/dev/null", "-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=500000"]
+    process = start({"pool": pool, "source_pool": sources, "source": "base.raw", "name": "web", "format": "qcow2"}, prefix=slow)
+    harness.wait_until(
+        lambda: any(words.startswith("/usr/bin/qemu-img convert") for words in processes_with("qemu-img convert")), 30
+    )
+    (module,) = [pid for pid, words in harness.commands() if words.startswith(f"{harness.PYTHON} ")]
+    os.kill(module, signal.SIGKILL)
+    harness.wait_until(lambda: not any(words.startswith("/usr/bin/qemu-img") for _pid, words in harness.commands()), 3)
+    kill(process)
+    assert os.listdir(pool) == []
 
 
 def test_kills_while_a_volume_is_replaced_leave_the_old_or_the_new(sources, pool):

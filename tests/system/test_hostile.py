@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 
 import harness
 import pytest
@@ -299,3 +300,73 @@ def test_a_file_system_that_lies_about_sharing(pool, raw, scratch):
     assert any("FICLONE" in line and "INJECTED" in line for line in log.read_text().splitlines())
     assert result["failed"] and result["error_code"] == "IO_ERROR" and "shared" in result["msg"], result
     assert not (pool / "web").exists()
+
+
+def test_a_source_that_is_written_to_between_the_look_and_the_copy(pool, raw):
+    """It grows, and is closed again before the copy begins: never a clone of the first part alone."""
+    delay = ["-e", "trace=flock", "-e", "inject=flock:delay_exit=1000000"]
+    params = {"pool": pool, "source": "base.raw", "name": "web", "method": "copy"}
+    process = start(params, prefix=["strace", "-qq", "-o", "/dev/null", *delay])
+    harness.wait_until(lambda: harness.opened_by(process, raw), 30)
+    for _time in range(20):
+        with open(raw, "ab") as file:
+            file.write(b"more")
+        time.sleep(0.1)
+    result = result_of(process)
+    if result.get("failed"):
+        assert result["error_code"] == "IN_USE", result
+        assert not (pool / "web").exists()
+    else:
+        assert (pool / "web").stat().st_size % 4 == 0
+        assert (pool / "web").read_bytes() == raw.read_bytes()[: (pool / "web").stat().st_size]
+
+
+@pytest.mark.parametrize("change", ["attribute", "mode", "link", "renamed"])
+def test_what_is_no_change_of_the_content_is_no_matter(pool, raw, change):
+    """libvirt marks the base of a domain that starts, and golden images are refreshed by a rename."""
+    slow = ["-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=300000"]
+    expected = raw.read_bytes()
+    params = {"pool": pool, "source": "base.raw", "name": "web", "method": "copy"}
+    process = start(params, prefix=["strace", "-qq", "-o", "/dev/null", *slow])
+    harness.wait_until(lambda: harness.unnamed_files(pool), 30)
+    time.sleep(0.1)
+    if change == "attribute":
+        os.setxattr(raw, "trusted.libvirt.security.ref_dac", b"1")
+    elif change == "mode":
+        raw.chmod(0o640)
+    elif change == "link":
+        os.link(raw, pool / "another")
+    else:
+        (pool / "new").write_bytes(b"new")
+        os.rename(pool / "new", raw)
+    result = result_of(process)
+    assert result.get("actions") == ["created"], result
+    assert (pool / "web").read_bytes() == expected
+
+
+def test_an_encrypted_image_is_cloned_in_its_own_format(pool, raw):
+    """By what their headers say: nothing here needs the key."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", pool / "enc.qcow2", "16M")
+    harness.write_at(pool / "enc.qcow2", 32, (2).to_bytes(4, "big"))
+    harness.write_at(raw, 0, b"LUKS\xba\xbe\0\1")
+    for name in ("enc.qcow2", "base.raw"):
+        settle(pool=pool, source=name, name=f"clone-{name}")
+        assert (pool / f"clone-{name}").read_bytes() == (pool / name).read_bytes()
+        assert "encrypted" in refused("NO_SUPPORT", pool=pool, source=name, name="web", format="vdi")
+
+
+def test_the_source_itself_is_recognised_without_its_base(pool, qcow2):
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", qcow2, "-F", "qcow2", pool / "overlay")
+    qcow2.unlink()
+    before = harness.fingerprint(pool / "overlay")
+    refused("INVALID_ARG", pool=pool, source="overlay", name="overlay", mode="0666")
+    assert harness.fingerprint(pool / "overlay") == before
+
+
+def test_a_dirty_image_that_is_being_written_to_is_in_use(pool):
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", pool / "base.qcow2", "16M")
+    with open(pool / "base.qcow2", "r+b", buffering=0) as file:
+        file.seek(72 + 7)
+        file.write(b"\1")
+        refused("IN_USE", pool=pool, source="base.qcow2", name="web")
+    assert "dirty" in refused("CORRUPT_IMAGE", pool=pool, source="base.qcow2", name="web")

@@ -13,6 +13,7 @@ import time
 
 import harness
 import pytest
+from ansible_collections.virtforge.libvirt.plugins.module_utils._transfer import guards
 from harness import MIB, clone, module, refused, result_of, run, same_content, start
 
 # --- several runs ---------------------------------------------------------------------------------------------------------
@@ -78,6 +79,46 @@ def test_clones_of_each_others_targets_in_opposite_directions(pool, pool2, raw):
             )
     for process in processes:
         assert not result_of(process).get("failed")
+
+
+@pytest.mark.parametrize("stated", [{"format": "qcow2"}, {"capacity": "64M"}])
+def test_runs_that_replace_the_same_volume(pool, raw, stated):
+    """One replaces, the others wait for it and find nothing left to do."""
+    clone(pool=pool, source="base.raw", name="web", capacity="70M")
+    params = {"pool": pool, "source": "base.raw", "name": "web", "force": True, **stated}
+    processes = []
+    for _run in range(4):
+        processes.append(start(params))
+        time.sleep(0.1)
+    results = [result_of(process) for process in processes]
+    assert sorted(result.get("actions", [result.get("msg")]) for result in results) == [[]] * 3 + [["replaced"]]
+
+
+def test_a_reader_for_a_moment_does_not_cost_a_finished_copy(pool, raw):
+    clone(pool=pool, source="base.raw", name="web", capacity="70M")
+    params = {"pool": pool, "source": "base.raw", "name": "web", "capacity": "64M", "force": True}
+    slow = ["-e", "trace=ftruncate", "-e", "inject=ftruncate:delay_exit=1500000"]
+    process = start(params, prefix=["strace", "-qq", "-o", "/dev/null", *slow])
+    harness.wait_until(lambda: harness.unnamed_files(pool), 30)
+    while process.poll() is None:
+        with open(pool / "web", "rb"):
+            time.sleep(0.3)
+        time.sleep(0.15)
+    assert result_of(process)["actions"] == ["replaced"]
+
+
+def test_qemus_own_locks_are_seen(qcow2):
+    """On file systems without leases they are all there is."""
+    fd = os.open(qcow2, os.O_RDONLY)
+    try:
+        assert not guards._qemu_holds(fd, guards._ANYBODY)
+        with harness.held(qcow2, "qcow2"):
+            assert guards._qemu_holds(fd, guards._WRITERS)
+        with harness.held(qcow2, "qcow2", writable=False):
+            assert guards._qemu_holds(fd, guards._ANYBODY)
+            assert not guards._qemu_holds(fd, guards._WRITERS)
+    finally:
+        os.close(fd)
 
 
 def test_another_run_is_waited_for_only_so_long(pool, raw):

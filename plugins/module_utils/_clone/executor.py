@@ -46,18 +46,23 @@ def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
     """
     started = time.monotonic()
     with closing(Scene(request, check_mode)) as scene:
-        facts, plan = _judge(scene)
+        facts = scene.gather()
+        plan: t.Optional[Plan] = None
         transfer: t.Optional[Transfer] = None
-        if not check_mode:
-            if plan.steps:
-                facts, plan, transfer = _change(scene, facts)
-            if plan.steps or not scene.pool.lists(facts.name):
-                scene.pool.refresh(scene.deadline.sooner(request.lock_timeout, "lock_timeout"))
+        try:
+            facts, plan = _judge(scene, facts)
+        except CloneError as exc:
+            # Whoever has it open may be another run, which is waited for under the lock; then all is judged again.
+            if check_mode or exc.code != "IN_USE":
+                raise
+        if plan is None or (plan.steps and not check_mode):
+            facts, plan, transfer = _change(scene, facts)
+        if not check_mode and (plan.steps or not scene.pool.lists(facts.name)):
+            scene.pool.refresh(scene.deadline.sooner(request.lock_timeout, "lock_timeout"))
         return result.build(scene, facts, plan, transfer, time.monotonic() - started)
 
 
-def _judge(scene: Scene) -> t.Tuple[Facts, Plan]:
-    facts = scene.gather()
+def _judge(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan]:
     while True:
         try:
             return facts, planner.plan(scene.request, facts)
@@ -70,10 +75,12 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
     target = locks.key(os.fstat(scene.pool.fd), facts.name)
     sources = [locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers]
     waiting = scene.deadline.sooner(request.lock_timeout, "lock_timeout")
+    # While we wait, whoever has the lock must not take us for a user of its target.
+    scene.close_files()
     with locks.Locks(sources, [target], waiting, f"waiting for another run to finish volume {facts.name!r}"):
         for _round in range(_ROUNDS):
             # What another run did while we waited for the lock counts.
-            facts, plan = _judge(scene)
+            facts, plan = _judge(scene, scene.gather())
             if facts.source_writers and any(isinstance(step, Create) for step in plan.steps):
                 _wait_for_source(scene)
                 continue

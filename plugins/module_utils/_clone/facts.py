@@ -10,7 +10,6 @@ too. What was judged is what is cloned, whatever happens to names in between.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -74,12 +73,13 @@ class Scene:
         self._missing: t.Dict[str, str] = {}
 
     def close(self) -> None:
-        self._close_files()
+        self.close_files()
         for pool in self._pools.values():
             pool.close()
         self._connection.close()
 
-    def _close_files(self) -> None:
+    def close_files(self) -> None:
+        """Let go of every image; :meth:`gather` opens them again."""
         for opened in (self.layers, self.target_below):
             while opened:
                 os.close(opened.pop().fd)
@@ -118,7 +118,7 @@ class Scene:
     def gather(self) -> Facts:
         """The facts that every plan needs."""
         request = self.request
-        self._close_files()
+        self.close_files()
         self._open_pool(request.pool)
         if request.source is not None or request.source_pool is not None:
             self._open_pool(request.effective_source_pool)
@@ -176,16 +176,18 @@ class Scene:
         try:
             self._open_chain(self.layers)
         except FileNotFoundError as exc:
-            return replace(facts, gone=str(exc))
+            return replace(self._identified(facts), gone=str(exc))
         status = os.fstat(fd)
         return replace(
-            facts,
+            self._identified(facts),
             image=image,
-            identity=_identity(status),
             block=block,
-            below=tuple(_identity(os.fstat(layer.fd)) for layer in self.layers[1:]),
             owner=(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode) & 0o777) if pool else None,
         )
+
+    def _identified(self, facts: SourceFacts) -> SourceFacts:
+        identity, *below = (_identity(os.fstat(layer.fd)) for layer in self.layers)
+        return replace(facts, identity=identity, below=tuple(below))
 
     def _described_by_libvirt(self, facts: SourceFacts) -> t.Optional[SourceFacts]:
         """With ``method: libvirt`` a user may clone what he cannot read: libvirt's word has to do."""
@@ -249,10 +251,8 @@ class Scene:
                 if recorded is not None and recorded not in probe.FORMATS:
                     raise CloneError("UNSAFE_IMAGE", f"{what} is recorded with the format {recorded!r}, which is not followed")
                 if recorded is None and probe.detect(fd, guards.length(fd)):
-                    raise CloneError(
-                        "UNSAFE_IMAGE",
-                        f"{above.what} does not record the format of its backing store: set it by qemu-img rebase -u -F",
-                    )
+                    remedy = "set it by qemu-img rebase -u -F" if above.image.format == "qcow2" else "convert it to qcow2"
+                    raise CloneError("UNSAFE_IMAGE", f"{above.what} does not record the format of its backing store: {remedy}")
             except BaseException:
                 os.close(fd)
                 raise
@@ -265,6 +265,10 @@ class Scene:
 
     def target_layers(self, image: Image) -> t.List[Layer]:
         """The target and all that lies below it, opened once; it stays within the pools as a source does."""
+        if self.target_fd < 0:
+            raise CloneError(
+                "OPERATION_DENIED", f"the target in pool {self.pool.name!r} cannot be opened by this user; use become"
+            )
         what = f"volume {os.path.basename(_path_of(self.target_fd))!r} of pool {self.pool.name!r}"
         topmost = OpenImage(self.target_fd, what, _path_of(self.target_fd), image, False, ())
         if image.backing is not None and not self.target_below:
@@ -386,7 +390,8 @@ class Scene:
     def _source_corrupt(self) -> str:
         """What ``qemu-img check`` says of the first image that is not sound. Leaked clusters (status 3) are no damage."""
         for image in self.layers:
-            if image.image.format in probe.CHECKABLE:
+            # An encrypted image cannot be checked without its key.
+            if image.image.format in probe.CHECKABLE and not image.image.encrypted:
                 arguments = qemu_img.check(image.layer)
                 doing = f"checking {image.what}"
                 status = self.qemu.run(arguments, {image.fd: image.what}, doing, self._watch, quick=True, accept=(0, 2, 3))[0]
@@ -395,14 +400,16 @@ class Scene:
         return ""
 
     def _target_users(self, facts: Facts) -> str:
-        if self.target_fd < 0:
-            return ""
+        return self._users_now(facts.name) if self.target_fd >= 0 else ""
+
+    def _users_now(self, name: str) -> str:
+        """Who uses the open target; outside check mode, somebody who lets go of it within a moment does not count."""
         end = time.monotonic() + _MOMENT
         who = guards.users(self.target_fd)
         while who and not self.check_mode and time.monotonic() < end:
             time.sleep(0.05)
             who = guards.users(self.target_fd)
-        return who or self.pool.users_of(self.pool.path_of(facts.name))
+        return who or self.pool.users_of(self.pool.path_of(name))
 
     def _data_beyond(self) -> int:
         topmost = self.layers[0]
@@ -463,8 +470,8 @@ class Scene:
         source, target = self.layers[0].fd, self.pool.fd
         if self.layers[0].block:
             return "the source is a block device"
-        kind = _file_system(source)
-        if kind != _file_system(target) or (kind != _BTRFS and os.fstat(source).st_dev != os.fstat(target).st_dev):
+        kind = guards.file_system(source)
+        if kind != guards.file_system(target) or (kind != _BTRFS and os.fstat(source).st_dev != os.fstat(target).st_dev):
             return "source and target are on different file systems"
         return "the file system cannot share blocks" if kind in _NEVER_SHARE else ""
 
@@ -474,6 +481,8 @@ class Scene:
         by_libvirt = draft is not None and draft.route == "libvirt"
         if not denied and isinstance(self.pool, LibvirtPool) and not by_libvirt:
             denied = self.pool.cannot_write()
+        if not denied and draft is None and self.target_fd < 0:
+            denied = f"pool {self.pool.name!r}: this user cannot open the volume; use become"
         return denied
 
     def target_in_use(self, name: str) -> str:
@@ -481,7 +490,7 @@ class Scene:
         status = self.pool.lstat(name)
         if status is None or not os.path.samestat(status, os.fstat(self.target_fd)):
             return "another file has its name by now"
-        who = guards.users(self.target_fd) or self.pool.users_of(self.pool.path_of(name))
+        who = self._users_now(name)
         return f"it is open by {who}" if who else ""
 
 
@@ -519,13 +528,6 @@ def _identity(status: os.stat_result) -> t.Tuple[int, ...]:
 def _image_from_xml(document: str) -> Image:
     described = _xml.parse_volume(document)
     return Image(described.format or "raw", described.capacity or 0, described.backing_path, described.backing_format)
-
-
-def _file_system(fd: int) -> int:
-    """The file system's magic number, ``f_type`` of statfs(2), which Python's statvfs does not have."""
-    buffer = (ctypes.c_long * 32)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    return buffer[0] & 0xFFFFFFFF if libc.fstatfs(fd, buffer) == 0 else 0
 
 
 def _default_label(path: str) -> t.Optional[str]:

@@ -349,7 +349,12 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
         if not facts.check_mode or replaces:
             raise CloneError("NO_STORAGE_VOL", facts.source.gone)
         return _predicted(request, facts)
-    _refuse_source(request, facts, source)
+    writers = _known(facts, "source_writers")
+    if writers and request.source_in_use == "fail":
+        raise CloneError("IN_USE", f"{facts.source.what} is open for writing by {writers}")
+    if not writers:
+        # The image of a running domain may be marked dirty; once its writers are gone, all is judged again.
+        _refuse_source(request, facts, source)
 
     image_format = target_format(request, source) or source.format
     _refuse_options(request, image_format)
@@ -378,9 +383,6 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
     warnings = []
     if step.dropped:
         warnings.append(f"{_what(facts)}: a conversion does not carry over {' and '.join(step.dropped)}")
-    writers = _known(facts, "source_writers")
-    if writers and request.source_in_use == "fail":
-        raise CloneError("IN_USE", f"{facts.source.what} is open for writing by {writers}")
     corrupt = "" if writers else _known(facts, "source_corrupt")
     if corrupt:
         raise CloneError("CORRUPT_IMAGE", corrupt)

@@ -69,6 +69,10 @@ class DirectoryPool:
             return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
+        except PermissionError as exc:
+            raise CloneError(
+                "OPERATION_DENIED", f"pool {self.name!r}: this user may not look into {self.path!r}; use become"
+            ) from exc
 
     def contains(self, path: str) -> bool:
         """Whether the real path ``path`` is a file directly in this pool."""

@@ -11,6 +11,7 @@ files that this user does not own).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -30,6 +31,7 @@ _WRITERS = (101, 103, 200)
 _OWNER = (100, 101, 103, 201, 203)
 _ANYBODY = (100, 101, 103, 200, 201, 203)
 _BLKGETSIZE64 = 0x80081272
+_NFS = 0x6969
 
 
 def writers(fd: int) -> str:
@@ -67,7 +69,7 @@ class Hold:
         # The kernel announces the end of a lease by SIGIO, which would end the process; check() asks instead.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         try:
-            for fd, name, _before in self._files:
+            for fd, name, before in self._files:
                 for byte in _READER:
                     _set_lock(fd, fcntl.F_RDLCK, byte)
                 who = writers(fd)
@@ -76,9 +78,11 @@ class Hold:
                         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
                         self._leased.append((fd, name))
                     except OSError as exc:
-                        who = "another process" if exc.errno == errno.EAGAIN else ""
+                        who = "another process" if exc.errno == errno.EAGAIN and file_system(fd) != _NFS else ""
                 if who:
                     raise CloneError("IN_USE", f"{name} is open for writing by {who}")
+                if version(fd) != before:
+                    raise CloneError("IN_USE", f"{name} was changed after it was looked at")
         except BaseException:
             self.__exit__()
             raise
@@ -102,10 +106,15 @@ class Hold:
                 raise CloneError("IN_USE", f"{name} was opened for writing while it was read")
 
     def finish(self) -> None:
-        """Raise ``IN_USE`` unless every source is what it was when it was looked at. For before anything is published."""
+        """Raise ``IN_USE`` unless every source is what it was when it was looked at. For before anything is published.
+
+        A lease has kept the content; then a new name, owner or attribute, as libvirt gives to the base of a domain that starts,
+        is no matter.
+        """
         self.check()
+        leased = [fd for fd, _name in self._leased]
         for fd, name, before in self._files:
-            if version(fd) != before:
+            if version(fd)[:2] != before[:2] or (fd not in leased and version(fd) != before):
                 raise CloneError("IN_USE", f"{name} changed while it was read")
 
 
@@ -119,6 +128,13 @@ def claim(fd: int) -> None:
     """Have qemu refuse to open a raw file that is about to grow, as another qemu would; ends when the file is closed."""
     for byte in _OWNER:
         _set_lock(fd, fcntl.F_RDLCK, byte)
+
+
+def file_system(fd: int) -> int:
+    """The file system's magic number, ``f_type`` of statfs(2), which Python's statvfs does not have."""
+    buffer = (ctypes.c_long * 32)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    return buffer[0] & 0xFFFFFFFF if libc.fstatfs(fd, buffer) == 0 else 0
 
 
 def length(fd: int) -> int:
@@ -158,7 +174,8 @@ def _lease_free(fd: int, kind: int) -> t.Optional[bool]:
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, kind)
     except OSError as exc:
-        return False if exc.errno == errno.EAGAIN else None
+        # NFS answers that too, to whoever has no delegation from its server (nfs4_add_lease in the kernel).
+        return False if exc.errno == errno.EAGAIN and file_system(fd) != _NFS else None
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return True
 
