@@ -290,6 +290,16 @@ def opened_by(process, path):
     return process.poll() is not None
 
 
+def start_replacing(place):
+    """A run that replaces the volume "web" by a smaller clone of base.raw, caught with its new file open for 1.5 s."""
+    clone(pool=place, source="base.raw", name="web", capacity="70M")
+    params = {"pool": place, "source": "base.raw", "name": "web", "capacity": "64M", "force": True}
+    slow = ["-e", "trace=ftruncate", "-e", "inject=ftruncate:delay_exit=1500000"]
+    process = start(params, prefix=["strace", "-qq", "-o", "/dev/null", *slow])
+    wait_until(lambda: unnamed_files(place), 30)
+    return process
+
+
 def wait_until(true, seconds=10):
     end = time.monotonic() + seconds
     while not true():

@@ -233,11 +233,7 @@ def test_a_header_that_changes_after_it_was_judged(pool, raw, secret):
 
 
 def test_a_domain_that_starts_while_its_disk_is_replaced(pool, raw):
-    clone(pool=pool, source="base.raw", name="web", capacity="70M")
-    params = {"pool": pool, "source": "base.raw", "name": "web", "capacity": "64M", "force": True}
-    slow = ["-e", "trace=ftruncate", "-e", "inject=ftruncate:delay_exit=1500000"]
-    process = start(params, prefix=["strace", "-qq", "-o", "/dev/null", *slow])
-    harness.wait_until(lambda: harness.unnamed_files(pool), 30)
+    process = harness.start_replacing(pool)
     inode = (pool / "web").stat().st_ino
     with harness.held(pool / "web", "raw"):
         result = result_of(process)
@@ -246,11 +242,7 @@ def test_a_domain_that_starts_while_its_disk_is_replaced(pool, raw):
 
 
 def test_a_volume_that_appears_while_an_old_one_is_replaced(pool, raw):
-    clone(pool=pool, source="base.raw", name="web", capacity="70M")
-    params = {"pool": pool, "source": "base.raw", "name": "web", "capacity": "64M", "force": True}
-    slow = ["-e", "trace=ftruncate", "-e", "inject=ftruncate:delay_exit=1500000"]
-    process = start(params, prefix=["strace", "-qq", "-o", "/dev/null", *slow])
-    harness.wait_until(lambda: harness.unnamed_files(pool), 30)
+    process = harness.start_replacing(pool)
     (pool / "other").write_bytes(b"precious")
     os.rename(pool / "other", pool / "web")
     result = result_of(process)

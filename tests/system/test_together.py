@@ -97,11 +97,7 @@ def test_runs_that_replace_the_same_volume(pool, raw, stated):
 
 
 def test_a_reader_for_a_moment_does_not_cost_a_finished_copy(pool, raw):
-    clone(pool=pool, source="base.raw", name="web", capacity="70M")
-    params = {"pool": pool, "source": "base.raw", "name": "web", "capacity": "64M", "force": True}
-    slow = ["-e", "trace=ftruncate", "-e", "inject=ftruncate:delay_exit=1500000"]
-    process = start(params, prefix=["strace", "-qq", "-o", "/dev/null", *slow])
-    harness.wait_until(lambda: harness.unnamed_files(pool), 30)
+    process = harness.start_replacing(pool)
     while process.poll() is None:
         with open(pool / "web", "rb"):
             time.sleep(0.3)

@@ -41,7 +41,7 @@ _MOMENT = 1.0
 
 @dataclass
 class OpenImage:
-    """One layer of the source. ``what`` names it in messages."""
+    """One layer of the source or target. ``what`` names it in messages, ``version`` is guards.version() at the first look."""
 
     fd: int
     what: str
@@ -419,9 +419,9 @@ class Scene:
     def _content_equal(self, target: Image) -> bool:
         names = {image.fd: image.what for image in self.layers}
         names[self.target_fd] = "the target"
-        below = self.target_layers(target)
+        target_layers = self.target_layers(target)
         names.update({image.fd: image.what for image in self.target_below})
-        arguments = qemu_img.compare([image.layer for image in self.layers], below)
+        arguments = qemu_img.compare([image.layer for image in self.layers], target_layers)
         return self.qemu.run(arguments, names, f"comparing with {self.layers[0].what}", self._watch, accept=(0, 1))[0] == 0
 
     def _watch(self) -> None:
