@@ -76,22 +76,22 @@ def parse_volume(document: str) -> VolumeXML:
         for formats and features that do not exist or do not go together, ``INVALID_ARG`` for an unknown unit or too
         large a size
     """
-    _refuse_before_parsing(document)
-    root = _parse(document, "volume")
+    refuse_before_parsing(document)
+    root = parse(document, "volume")
     volume_type = root.get("type")
     if volume_type and volume_type not in _VOLUME_TYPES:
         raise CloneError("CONFIG_UNSUPPORTED", f"xml: unknown volume type {quoted(volume_type)}")
-    name = _text(root, "name")
+    name = text_of(root, "name")
     if name == "":
         raise CloneError("XML_ERROR", "xml: the volume name element is empty")
     _size(root, "allocation")
-    target = _child(root, "target")
+    target = child(root, "target")
     image_format = _format(target)
     _refuse_qcow2_options(target, image_format)
     compat, features = _compat_and_features(target)
     mode, owner, group = _permissions(target)
-    backing = _child(root, "backingStore")
-    backing_path = _text(backing, "path") or None
+    backing = child(root, "backingStore")
+    backing_path = text_of(backing, "path") or None
     _permissions(backing)
     return VolumeXML(
         name=name,
@@ -105,10 +105,10 @@ def parse_volume(document: str) -> VolumeXML:
         cluster_size=_size(target, "clusterSize") or None,
         lazy_refcounts="lazy_refcounts" in features or None,
         extended_l2="extended_l2" in features or None,
-        nocow=_child(target, "nocow") is not None or None,
+        nocow=child(target, "nocow") is not None or None,
         backing_path=backing_path,
         backing_format=_format(backing) if backing_path else None,
-        encrypted=_child(target, "encryption") is not None,
+        encrypted=child(target, "encryption") is not None,
     )
 
 
@@ -133,7 +133,7 @@ def volume_xml(
 
     :raises CloneError: ``INVALID_ARG`` for a name that XML cannot carry
     """
-    etree = _etree()
+    etree = etree_module()
     root = etree.Element("volume")
 
     def add(parent: t.Any, tag: str, text: t.Optional[object], **attributes: str) -> None:
@@ -171,12 +171,12 @@ def pool_target(document: str) -> PoolXML:
 
     :raises CloneError: ``XML_ERROR`` when that is no pool document
     """
-    root = _parse(document, "pool")
+    root = parse(document, "pool")
     return PoolXML(
         type=root.get("type") or "",
-        name=_text(root, "name") or "",
-        uuid=_text(root, "uuid") or None,
-        target_path=_text(_child(root, "target"), "path") or None,
+        name=text_of(root, "name") or "",
+        uuid=text_of(root, "uuid") or None,
+        target_path=text_of(child(root, "target"), "path") or None,
     )
 
 
@@ -188,7 +188,7 @@ def domain_disks(document: str) -> t.List[str]:
 
     :raises CloneError: ``XML_ERROR`` when that is no domain document
     """
-    root = _parse(document, "domain")
+    root = parse(document, "domain")
     paths = [
         element.get(attribute)
         for disk in root.findall("devices/disk")
@@ -199,7 +199,7 @@ def domain_disks(document: str) -> t.List[str]:
     return list(dict.fromkeys(path for path in paths if path))
 
 
-def _etree() -> t.Any:
+def etree_module() -> t.Any:
     try:
         from lxml import etree  # type: ignore[import-untyped,unused-ignore]  # pylint: disable=import-outside-toplevel
     except ImportError as exc:
@@ -210,7 +210,7 @@ def _etree() -> t.Any:
     return etree
 
 
-def _refuse_before_parsing(document: str) -> None:
+def refuse_before_parsing(document: str) -> None:
     # The parser has no such limit: lxml 4.9 takes an element of 11 MiB.
     size = len(document.encode("utf-8", "surrogatepass"))
     if size > MAX_DOCUMENT:
@@ -224,8 +224,8 @@ def _refuse_before_parsing(document: str) -> None:
         raise CloneError("XML_ERROR", "xml: the document has a DOCTYPE, which volume XML may not have")
 
 
-def _parse(document: str, tag: str) -> t.Any:
-    etree = _etree()
+def parse(document: str, tag: str) -> t.Any:
+    etree = etree_module()
     parser = etree.XMLParser(
         # The characters are known, whatever encoding the document claims; and lxml refuses a str that claims one.
         encoding="utf-8",
@@ -257,7 +257,7 @@ def _one_line(message: t.Optional[str]) -> str:
     return " ".join((message or "no element found").split())[:200]
 
 
-def _child(parent: t.Any, name: str) -> t.Any:
+def child(parent: t.Any, name: str) -> t.Any:
     """The one child element of that name, None where parent or child is missing.
 
     Elements of other namespaces are not libvirt's, and not seen.
@@ -269,9 +269,9 @@ def _child(parent: t.Any, name: str) -> t.Any:
     return found[0] if found else None
 
 
-def _text(parent: t.Any, name: str) -> t.Optional[str]:
+def text_of(parent: t.Any, name: str) -> t.Optional[str]:
     """The text of a child element, as it stands: None without the element, "" when it is empty."""
-    element = _child(parent, name)
+    element = child(parent, name)
     if element is None:
         return None
     if len(element):
@@ -280,13 +280,13 @@ def _text(parent: t.Any, name: str) -> t.Optional[str]:
 
 
 def _size(parent: t.Any, name: str) -> t.Optional[int]:
-    number = _text(parent, name)
+    number = text_of(parent, name)
     # libvirt takes an empty element for a missing one.
-    return scale(number, _child(parent, name).get("unit"), name) if number else None
+    return scale(number, child(parent, name).get("unit"), name) if number else None
 
 
 def _format(parent: t.Any) -> t.Optional[str]:
-    element = _child(parent, "format")
+    element = child(parent, "format")
     value = element.get("type") if element is not None else None
     if not value:
         return None
@@ -297,19 +297,19 @@ def _format(parent: t.Any) -> t.Optional[str]:
 
 def _refuse_qcow2_options(target: t.Any, image_format: t.Optional[str]) -> None:
     for name in _QCOW2_ONLY:
-        if image_format not in (None, "qcow2") and _child(target, name) is not None:
+        if image_format not in (None, "qcow2") and child(target, name) is not None:
             raise CloneError(
                 "CONFIG_UNSUPPORTED", f"xml: <{name}> is only available with qcow2, not with format {image_format}"
             )
 
 
 def _compat_and_features(target: t.Any) -> t.Tuple[t.Optional[str], t.Sequence[str]]:
-    compat = _text(target, "compat") or None
+    compat = text_of(target, "compat") or None
     if compat and not re.fullmatch(r"[0-9]+\.[0-9]+", compat):
         raise CloneError("XML_ERROR", f"xml: forbidden characters in 'compat' attribute: {quoted(compat)}")
     if compat and compat not in ("0.10", "1.1"):
         raise CloneError("CONFIG_UNSUPPORTED", f"xml: compat is 0.10 or 1.1, not {quoted(compat)}")
-    element = _child(target, "features")
+    element = child(target, "features")
     if element is None:
         return compat, ()
     features = [feature.tag for feature in element.iterchildren("{}*")]
@@ -318,15 +318,15 @@ def _compat_and_features(target: t.Any) -> t.Tuple[t.Optional[str], t.Sequence[s
             raise CloneError("CONFIG_UNSUPPORTED", f"xml: unsupported feature {quoted(feature)}")
         if compat == "0.10":
             raise CloneError("CONFIG_UNSUPPORTED", f"xml: {feature} is not supported with compat level 0.10")
-        _child(element, feature)
+        child(element, feature)
     return compat or "1.1", features
 
 
 def _permissions(parent: t.Any) -> t.Tuple[t.Optional[int], t.Optional[int], t.Optional[int]]:
     """Mode, owner and group (``virStorageDefParsePerms``)."""
-    permissions = _child(parent, "permissions")
+    permissions = child(parent, "permissions")
     mode = None
-    text = _text(permissions, "mode")
+    text = text_of(permissions, "mode")
     if text:
         digits = text.lstrip(_BLANKS)
         if re.fullmatch("[0-7]+", digits) is None or int(digits, 8) > 0o777:
@@ -336,7 +336,7 @@ def _permissions(parent: t.Any) -> t.Tuple[t.Optional[int], t.Optional[int], t.O
 
 
 def _id(permissions: t.Any, name: str) -> t.Optional[int]:
-    text = _text(permissions, name)
+    text = text_of(permissions, name)
     if text is None or text.strip(_BLANKS) == "-1":
         return None
     # Decimal, with leading zeros: libvirt reads 0744 as 744 here. The length is bounded before int() sees it.

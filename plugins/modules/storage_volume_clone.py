@@ -24,6 +24,9 @@ description:
   - A source that is open for writing is refused. To clone the disk of a running virtual machine, make a snapshot first and
     clone the image that is then no longer written to.
 extends_documentation_fragment:
+  - virtforge.libvirt.options
+  - virtforge.libvirt.options.layout
+  - virtforge.libvirt.options.patience
   - virtforge.libvirt.attributes
   - virtforge.libvirt.attributes.actiongroup
 attributes:
@@ -38,12 +41,6 @@ requirements:
   - C(qemu-img) on the managed host, for all but copies of raw volumes
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt; C(lxml) for O(xml)
 options:
-  uri:
-    description:
-      - Connection to libvirt on the managed host. Not used for directory pools.
-      - Taken from the environment variable E(LIBVIRT_DEFAULT_URI) where not stated.
-    type: str
-    default: qemu:///system
   pool:
     description:
       - Pool in which the volume is made, the name of a libvirt pool of the type C(dir), C(fs) or C(netfs), or an absolute
@@ -108,41 +105,6 @@ options:
       - Permits a O(capacity) smaller than the source's, where the source is raw and nothing but zeros would be cut off.
     type: bool
     default: false
-  preallocation:
-    description:
-      - How much of the new volume is backed by storage at once. For raw V(falloc) and V(full), for qcow2 all of them.
-    type: str
-    choices: ['off', metadata, falloc, full]
-    default: 'off'
-  qcow2:
-    description:
-      - Options of a new volume of the format qcow2. What is not stated is as in the source.
-    type: dict
-    suboptions:
-      compat:
-        description: Version of the format, V(0.10) for QEMU before 1.1.
-        type: str
-        choices: ['0.10', '1.1']
-      cluster_size:
-        description: Size of a cluster, with units or in bytes. A power of two from 512 bytes to 2 MiB.
-        type: str
-      lazy_refcounts:
-        description: Whether reference counts are updated late.
-        type: bool
-      extended_l2:
-        description: Whether clusters are divided into subclusters.
-        type: bool
-      compression_type:
-        description: Compression of compressed clusters.
-        type: str
-        choices: [zlib, zstd]
-      refcount_bits:
-        description: Width of a reference count.
-        type: int
-        choices: [1, 2, 4, 8, 16, 32, 64]
-      nocow:
-        description: Whether the file is exempt from copy-on-write, on btrfs.
-        type: bool
   method:
     description:
       - V(auto) shares blocks where it can and copies where not, and says so in RV(volume.fallback_reason).
@@ -200,15 +162,6 @@ options:
     type: str
     choices: [fail, wait]
     default: fail
-  lock_timeout:
-    description:
-      - Seconds to wait for another run to finish with the same volume, and for libvirt's jobs in the pool.
-    type: int
-    default: 300
-  timeout:
-    description:
-      - Seconds after which the task gives up and leaves no volume. Without it there is no limit.
-    type: int
   max_capacity:
     description:
       - A source that claims to be larger is refused.
@@ -420,13 +373,12 @@ error_code:
 
 import typing as t
 
-from ansible.module_utils.basic import env_fallback
-
+from ..module_utils import _argspec
 from ..module_utils._clone import executor, request
 from ..module_utils._module import Module, respawn_where_found, run
 
 ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
-    "uri": {"type": "str", "default": "qemu:///system", "fallback": (env_fallback, ["LIBVIRT_DEFAULT_URI"])},
+    **_argspec.URI,
     "pool": {"type": "str", "required": True},
     "name": {"type": "str", "aliases": ["volume"]},
     "xml": {"type": "str"},
@@ -438,33 +390,18 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     "format": {"type": "str"},
     "capacity": {"type": "str", "aliases": ["size"]},
     "allow_shrink": {"type": "bool", "default": False},
-    "preallocation": {"type": "str", "choices": ["off", "metadata", "falloc", "full"], "default": "off"},
-    "qcow2": {
-        "type": "dict",
-        "options": {
-            "compat": {"type": "str", "choices": ["0.10", "1.1"]},
-            "cluster_size": {"type": "str"},
-            "lazy_refcounts": {"type": "bool"},
-            "extended_l2": {"type": "bool"},
-            "compression_type": {"type": "str", "choices": ["zlib", "zstd"]},
-            "refcount_bits": {"type": "int", "choices": [1, 2, 4, 8, 16, 32, 64]},
-            "nocow": {"type": "bool"},
-        },
-    },
+    **_argspec.LAYOUT,
     "method": {"type": "str", "choices": ["auto", "reflink", "copy", "libvirt"], "default": "auto"},
     "resize": {"type": "bool", "default": True},
     "compare": {"type": "str", "choices": ["metadata", "content"], "default": "metadata"},
     "force": {"type": "bool", "default": False},
-    "owner": {"type": "str"},
-    "group": {"type": "str"},
-    "mode": {"type": "raw"},
+    **_argspec.OWNERSHIP,
     "seuser": {"type": "str"},
     "serole": {"type": "str"},
     "setype": {"type": "str"},
     "selevel": {"type": "str"},
     "source_in_use": {"type": "str", "choices": ["fail", "wait"], "default": "fail"},
-    "lock_timeout": {"type": "int", "default": 300},
-    "timeout": {"type": "int"},
+    **_argspec.PATIENCE,
     "max_capacity": {"type": "str", "default": "64TiB"},
 }
 

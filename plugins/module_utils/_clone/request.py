@@ -9,18 +9,15 @@ A parameter wins over the volume XML; what neither states is None here and gets 
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
-import re
 import typing as t
-import unicodedata
 from dataclasses import dataclass, field
 
 from .. import _units, _xml
 from .._errors import CloneError
 from .._images.probe import FORMATS, Qcow2Features
-from .._transfer.staging import is_staged_name
+from .._names import check_name, check_path, check_pool
+from .._permissions import Mode, group_id, user_id
 
 #: Endings of image files; anything else after a dot belongs to the name ("debian-12.1").
 _ENDINGS = ("raw", "img", "iso", "bin", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vhd", "vpc")
@@ -28,53 +25,6 @@ _RAW_ENDINGS = ("raw", "img", "iso", "bin")
 _COMPRESSION_ENDINGS = ("gz", "bz2", "xz", "zst")
 #: Other names for raw: libvirt reads and writes an iso as raw.
 _RAW_ALIASES = ("iso", "img")
-_SYMBOLIC_MODE = re.compile(r"([ugoa]+)([-+=])([rwxX]*)")
-
-
-class Mode:
-    """A file mode as Ansible takes it: octal as number or text, or symbolic (``u=rw,g=r,o-rwx``)."""
-
-    def __init__(self, value: t.Union[int, str], parameter: str = "mode") -> None:
-        self._octal: t.Optional[int] = None
-        self._clauses: t.List[t.Tuple[str, str, str]] = []
-        text = str(value).strip()
-        if isinstance(value, bool):
-            raise CloneError("INVALID_ARG", f"{parameter}: {value!r} is neither an octal nor a symbolic mode")
-        if isinstance(value, int):
-            self._octal = value
-        elif re.fullmatch(r"(0o)?[0-7]+", text):
-            self._octal = int(text.replace("o", ""), 8)
-        else:
-            for clause in text.split(","):
-                match = _SYMBOLIC_MODE.fullmatch(clause.strip())
-                if match is None:
-                    raise CloneError("INVALID_ARG", f"{parameter}: {value!r} is neither an octal nor a symbolic mode")
-                self._clauses.append((match.group(1), match.group(2), match.group(3)))
-        if self._octal is not None and self._octal & ~0o777:
-            raise CloneError(
-                "INVALID_ARG", f"{parameter}: {value!r} has bits outside 0777 (an octal mode must be quoted or start with 0)"
-            )
-
-    def on(self, current: int) -> int:
-        """The mode in bits that a file with the mode ``current`` shall have."""
-        if self._octal is not None:
-            return self._octal
-        for who, operator, letters in self._clauses:
-            bits = sum({"r": 4, "w": 2, "x": 1}.get(letter, 0) for letter in set(letters) - {"X"})
-            if "X" in letters and current & 0o111:
-                bits |= 1
-            for shift in _shifts(who):
-                if operator == "=":
-                    current = current & ~(7 << shift) | bits << shift
-                elif operator == "+":
-                    current |= bits << shift
-                else:
-                    current &= ~(bits << shift)
-        return current
-
-
-def _shifts(who: str) -> t.Iterable[int]:
-    return {shift for letter in who for shift in {"u": (6,), "g": (3,), "o": (0,), "a": (6, 3, 0)}[letter]}
 
 
 @dataclass(frozen=True)
@@ -136,10 +86,10 @@ def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
     if params.get("source") is not None:
         check_name(params["source"], "source")
     if params.get("source_path") is not None:
-        _check_path(params["source_path"], "source_path")
+        check_path(params["source_path"], "source_path")
     for parameter in ("pool", "source_pool"):
         if params.get(parameter) is not None:
-            _check_pool(params[parameter], parameter)
+            check_pool(params[parameter], parameter)
     image_format = _check_format(stated("format", xml.format), "format")
     capacity = params.get("capacity")
     return Request(
@@ -162,8 +112,8 @@ def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
         resize=params.get("resize") is not False,
         compare=params.get("compare") or "metadata",
         force=bool(params.get("force")),
-        owner=_user(params["owner"]) if params.get("owner") is not None else xml.owner,
-        group=_group(params["group"]) if params.get("group") is not None else xml.group,
+        owner=user_id(params["owner"]) if params.get("owner") is not None else xml.owner,
+        group=group_id(params["group"]) if params.get("group") is not None else xml.group,
         mode=_mode(params.get("mode"), xml.mode),
         label={part: params[f"se{part}"] for part in ("user", "role", "type", "level") if params.get(f"se{part}") is not None},
         source_in_use=params.get("source_in_use") or "fail",
@@ -171,45 +121,6 @@ def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
         timeout=_seconds(params, "timeout", None),
         max_capacity=_units.parse_capacity(params.get("max_capacity", "64TiB"), "max_capacity"),
     )
-
-
-def check_name(name: str, parameter: str) -> None:
-    """A volume's name is one path component that a person can read.
-
-    libvirt itself learned about ``/`` by CVE-2015-5313; control characters would corrupt a terminal or a log line.
-    """
-    problem = None
-    try:
-        encoded = name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise CloneError("INVALID_ARG", f"{parameter}: {name!a} is not valid text") from None
-    if not name:
-        problem = "is empty"
-    elif "/" in name:
-        problem = "contains '/'"
-    elif name in (".", ".."):
-        problem = "is a directory"
-    elif any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in name):
-        problem = "contains a control character"
-    elif len(encoded) > 255:
-        problem = f"is {len(encoded)} bytes long, of 255 possible"
-    elif is_staged_name(name):
-        problem = "is reserved for unfinished volumes"
-    if problem:
-        shown = name if len(name) <= 80 else name[:77] + "..."
-        raise CloneError("INVALID_ARG", f"{parameter}: {shown!a} {problem}; a volume name is one path component")
-
-
-def _check_path(path: str, parameter: str) -> None:
-    if "\0" in path or not os.path.isabs(path):
-        raise CloneError("INVALID_ARG", f"{parameter}: {path!a} is not an absolute path")
-
-
-def _check_pool(pool: str, parameter: str) -> None:
-    if not pool or any(unicodedata.category(char) in ("Cc", "Cs") for char in pool):
-        raise CloneError("INVALID_ARG", f"{parameter}: {pool!a} is not the name of a pool")
-    if "/" in pool and not os.path.isabs(pool):
-        raise CloneError("INVALID_ARG", f"{parameter}: {pool!a} is neither a pool's name nor an absolute directory")
 
 
 def _check_format(value: t.Optional[str], parameter: str) -> t.Optional[str]:
@@ -308,24 +219,6 @@ def made_up_name(source_name: str, image_format: t.Optional[str], source_format:
 def _names_format(ending: str, image_format: t.Optional[str]) -> bool:
     known = {"raw": _RAW_ENDINGS, "vpc": ("vpc", "vhd")}.get(image_format or "", (image_format,))
     return ending.lower() in known
-
-
-def _user(value: str) -> int:
-    return _id(value, "owner", "user", lambda name: pwd.getpwnam(name).pw_uid)
-
-
-def _group(value: str) -> int:
-    return _id(value, "group", "group", lambda name: grp.getgrnam(name).gr_gid)
-
-
-def _id(value: str, parameter: str, kind: str, look_up: t.Callable[[str], int]) -> int:
-    """A number, or what the name stands for. 4294967295 is no number of anybody: chown(2) takes it for "leave as it is"."""
-    if re.fullmatch("[0-9]{1,10}", value) and int(value) < 2**32 - 1:
-        return int(value)
-    try:
-        return look_up(value)
-    except (KeyError, ValueError):
-        raise CloneError("INVALID_ARG", f"{parameter}: there is no {kind} {value!a}") from None
 
 
 def _mode(value: t.Union[int, str, None], in_xml: t.Optional[int]) -> t.Optional[Mode]:

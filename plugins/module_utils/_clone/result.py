@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import typing as t
 from dataclasses import replace
 
+from .._permissions import group_name, user_name
 from .._transfer import file_copy
 from .planner import Create, Facts, Plan, SourceFacts, State
 
@@ -80,25 +79,11 @@ def _state(state: State) -> t.Dict[str, t.Any]:
     return {
         "format": state.format,
         "capacity": state.capacity,
-        "owner": None if state.uid is None else _user(state.uid),
-        "group": None if state.gid is None else _group(state.gid),
+        "owner": None if state.uid is None else user_name(state.uid),
+        "group": None if state.gid is None else group_name(state.gid),
         "mode": None if state.mode is None else f"{state.mode:04o}",
         **({} if state.label is None else {"secontext": state.label}),
     }
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def _group(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
 
 
 def _stat(path: str) -> t.Optional[os.stat_result]:

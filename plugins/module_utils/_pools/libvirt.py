@@ -28,7 +28,7 @@ _URI = re.compile(r"(?P<driver>[a-z]+)(?:\+(?P<transport>[a-z0-9]+))?://(?P<host
 _BUSY = ("has asynchronous jobs running", "is still being allocated", "is still in use")
 
 
-def _libvirt() -> t.Any:
+def libvirt_module() -> t.Any:
     try:
         import libvirt  # pylint: disable=import-outside-toplevel
     except ImportError as exc:
@@ -40,9 +40,9 @@ def _libvirt() -> t.Any:
 
 
 @contextmanager
-def _translated(doing: str) -> t.Iterator[None]:
+def translated(doing: str) -> t.Iterator[None]:
     """libvirt's errors become ours; ``doing`` is the start of the sentence."""
-    libvirt = _libvirt()
+    libvirt = libvirt_module()
     try:
         yield
     except libvirt.libvirtError as exc:
@@ -64,7 +64,7 @@ class Connection:
     @property
     def handle(self) -> t.Any:
         if self._connection is None:
-            libvirt = _libvirt()
+            libvirt = libvirt_module()
             match = _URI.fullmatch(self.uri)
             if match is None:
                 raise CloneError("INVALID_ARG", f"uri: {self.uri!r} is no libvirt connection URI")
@@ -74,7 +74,7 @@ class Connection:
                 )
             # Without this libvirt writes every error to stderr as well.
             libvirt.registerErrorHandler(lambda _context, _error: None, None)
-            with _translated(f"connecting to {self.uri} (uri)"):
+            with translated(f"connecting to {self.uri} (uri)"):
                 self._connection = libvirt.open(self.uri)
         return self._connection
 
@@ -83,7 +83,7 @@ class Connection:
 
         :raises CloneError: ``NO_STORAGE_POOL`` for none, ``NO_SUPPORT`` for one that does not keep files
         """
-        with _translated(f"looking up pool {name!r} at {self.uri}"):
+        with translated(f"looking up pool {name!r} at {self.uri}"):
             pool = self.handle.storagePoolLookupByName(name)
             described = _xml.pool_target(pool.XMLDesc(0))
         if described.type not in FILE_POOLS:
@@ -95,7 +95,7 @@ class Connection:
 
     def users_of(self, path: str) -> str:
         """Running domains that have a disk, or a layer of one, in the file ``path``."""
-        libvirt = _libvirt()
+        libvirt = libvirt_module()
         try:
             domains = self.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         except libvirt.libvirtError:
@@ -130,7 +130,7 @@ class LibvirtPool(DirectoryPool):
         self._connection = connection
 
     def is_active(self) -> bool:
-        with _translated(f"looking at pool {self.name!r}"):
+        with translated(f"looking at pool {self.name!r}"):
             return bool(self._pool.isActive())
 
     def denied(self) -> str:
@@ -138,7 +138,7 @@ class LibvirtPool(DirectoryPool):
 
         Starting a pool that is active changes nothing: the answer is "already active", or "read only access".
         """
-        libvirt = _libvirt()
+        libvirt = libvirt_module()
         try:
             if self._pool.isActive():
                 self._pool.create(0)
@@ -156,7 +156,7 @@ class LibvirtPool(DirectoryPool):
         return self._connection.users_of(path)
 
     def lists(self, name: str) -> bool:
-        libvirt = _libvirt()
+        libvirt = libvirt_module()
         try:
             self._pool.storageVolLookupByName(name)
         except libvirt.libvirtError:
@@ -165,7 +165,7 @@ class LibvirtPool(DirectoryPool):
 
     def refresh(self, deadline: Deadline) -> None:
         """Look again, once no job is running."""
-        libvirt = _libvirt()
+        libvirt = libvirt_module()
 
         def again() -> None:
             try:
@@ -176,12 +176,12 @@ class LibvirtPool(DirectoryPool):
                     raise
                 self._pool.create(0)
 
-        with _translated(f"refreshing pool {self.name!r}"):
+        with translated(f"refreshing pool {self.name!r}"):
             self._patiently(again, deadline, ", after which libvirt sees what was done,")
 
     def _patiently(self, call: t.Callable[[], t.Any], deadline: Deadline, remark: str = "") -> t.Any:
         """The answer of a call that libvirt refuses while jobs run in the pool."""
-        libvirt = _libvirt()
+        libvirt = libvirt_module()
         answers: t.List[t.Any] = []
 
         def attempt() -> bool:
@@ -197,8 +197,8 @@ class LibvirtPool(DirectoryPool):
 
     def volume_xml(self, name: str) -> t.Optional[str]:
         """libvirt's description of a volume, None for one that it does not know."""
-        libvirt = _libvirt()
-        with _translated(f"looking up volume {name!r} of pool {self.name!r}"):
+        libvirt = libvirt_module()
+        with translated(f"looking up volume {name!r} of pool {self.name!r}"):
             try:
                 return t.cast(str, self._pool.storageVolLookupByName(name).XMLDesc(0))
             except libvirt.libvirtError as exc:
@@ -213,7 +213,7 @@ class LibvirtPool(DirectoryPool):
 
         :raises CloneError: ``STORAGE_VOL_EXIST`` when the name is taken
         """
-        with _translated(f"cloning volume {source_name!r} by libvirt"):
+        with translated(f"cloning volume {source_name!r} by libvirt"):
             original = source._pool.storageVolLookupByName(source_name)
             volume = self._patiently(lambda: self._pool.createXMLFrom(document, original, flags), deadline)
             if volume.info()[1] < capacity:
@@ -221,7 +221,7 @@ class LibvirtPool(DirectoryPool):
 
 
 def _error(exc: t.Any, doing: str) -> CloneError:
-    libvirt = _libvirt()
+    libvirt = libvirt_module()
     code, text = exc.get_error_code(), exc.get_error_message()
     known = {
         libvirt.VIR_ERR_OPERATION_DENIED: "OPERATION_DENIED",

@@ -15,23 +15,17 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 import secrets
 import stat
 import typing as t
 
 from .._errors import CloneError
+from .._names import is_staged_name
 
-_STAGED_NAME = re.compile(r"\.virtforge-[0-9a-f]{16}\.tmp")
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_NOCOW = 0x80086601, 0x40086602, 0x00800000
 _RENAME_NOREPLACE = 1
 _SELINUX = "security.selinux"
-
-
-def is_staged_name(name: str) -> bool:
-    """Whether a file of this name is somebody's staging file and so no volume."""
-    return _STAGED_NAME.fullmatch(name) is not None
 
 
 class Staging:
