@@ -11,7 +11,7 @@ help:
 	@echo "make test   all tests and lint; as root, they start a libvirtd of their own"
 	@echo "make lint   ansible-lint, ruff, mypy, changelog"
 	@echo "make bench  not there yet: the benchmark comes with a later release"
-	@echo "make docs   not there yet: the guides come with a later release"
+	@echo "make docs   write the reference pages in docs/reference anew, from what the modules say of themselves"
 
 demo:
 	@tests/tools/prepare demo
@@ -29,7 +29,8 @@ bench:
 	@echo "There is no benchmark yet; it comes with a later release."
 
 docs:
-	@echo "There are no guides yet; 'ansible-doc virtforge.libvirt.storage_volume_clone' shows the module's documentation."
+	@tests/tools/prepare docs
+	@tests/tools/docs
 
 clean:
 	rm -rf .venv

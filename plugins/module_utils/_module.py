@@ -41,6 +41,14 @@ def run(module: Module, work: t.Callable[[t.Mapping[str, t.Any], bool], t.Dict[s
     module.exit_json(**outcome)
 
 
+def respawn_for_pools(pools: t.Sequence[t.Optional[str]], xml: bool) -> None:
+    """Go on under a Python that has what the pools, and XML where a task states some, need: a directory needs nothing."""
+    if any(pool and not pool.startswith("/") for pool in pools):
+        respawn_where_found(["libvirt", "lxml.etree"])
+    elif xml:
+        respawn_where_found(["lxml.etree"])
+
+
 def respawn_where_found(packages: t.Sequence[str]) -> None:
     """Go on under the system's Python if this one lacks a package and that one has them all.
 

@@ -17,33 +17,37 @@ _SYMBOLIC_MODE = re.compile(r"([ugoa]+)([-+=])([rwxX]*)")
 
 
 class Mode:
-    """A file mode as Ansible takes it: octal as number or text, or symbolic (``u=rw,g=r,o-rwx``)."""
+    """A file mode as Ansible takes it: octal as number or text, or symbolic (``u=rw,g=r,o-rwx``).
 
-    def __init__(self, value: t.Union[int, str], parameter: str = "mode") -> None:
-        self._octal: t.Optional[int] = None
+    :param allowed: the bits that an octal mode may have
+    """
+
+    def __init__(self, value: t.Union[int, str], parameter: str = "mode", allowed: int = 0o777) -> None:
+        self.octal: t.Optional[int] = None
         self._clauses: t.List[t.Tuple[str, str, str]] = []
         text = str(value).strip()
         if isinstance(value, bool):
             raise CloneError("INVALID_ARG", f"{parameter}: {value!r} is neither an octal nor a symbolic mode")
         if isinstance(value, int):
-            self._octal = value
+            self.octal = value
         elif re.fullmatch(r"(0o)?[0-7]+", text):
-            self._octal = int(text.replace("o", ""), 8)
+            self.octal = int(text.replace("o", ""), 8)
         else:
             for clause in text.split(","):
                 match = _SYMBOLIC_MODE.fullmatch(clause.strip())
                 if match is None:
                     raise CloneError("INVALID_ARG", f"{parameter}: {value!r} is neither an octal nor a symbolic mode")
                 self._clauses.append((match.group(1), match.group(2), match.group(3)))
-        if self._octal is not None and self._octal & ~0o777:
+        if self.octal is not None and self.octal & ~allowed:
             raise CloneError(
-                "INVALID_ARG", f"{parameter}: {value!r} has bits outside 0777 (an octal mode must be quoted or start with 0)"
+                "INVALID_ARG",
+                f"{parameter}: {value!r} has bits outside {allowed:04o} (an octal mode must be quoted or start with 0)",
             )
 
     def on(self, current: int) -> int:
         """The mode in bits that a file with the mode ``current`` shall have."""
-        if self._octal is not None:
-            return self._octal
+        if self.octal is not None:
+            return self.octal
         for who, operator, letters in self._clauses:
             bits = sum({"r": 4, "w": 2, "x": 1}.get(letter, 0) for letter in set(letters) - {"X"})
             if "X" in letters and current & 0o111:

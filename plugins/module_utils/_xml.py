@@ -89,10 +89,10 @@ def parse_volume(document: str) -> VolumeXML:
     image_format = _format(target)
     _refuse_qcow2_options(target, image_format)
     compat, features = _compat_and_features(target)
-    mode, owner, group = _permissions(target)
+    mode, owner, group = permissions(target)
     backing = child(root, "backingStore")
     backing_path = text_of(backing, "path") or None
-    _permissions(backing)
+    permissions(backing)
     return VolumeXML(
         name=name,
         capacity=_size(root, "capacity"),
@@ -199,18 +199,27 @@ def domain_disks(document: str) -> t.List[str]:
     return list(dict.fromkeys(path for path in paths if path))
 
 
+def domain_pools(document: str) -> t.List[str]:
+    """Names of the pools in which a domain's disks are volumes (``type='volume'``).
+
+    :raises CloneError: ``XML_ERROR`` when that is no domain document
+    """
+    root = parse(document, "domain")
+    return [source.get("pool") for source in root.findall("devices/disk/source[@pool]")]
+
+
 def etree_module() -> t.Any:
     try:
         from lxml import etree  # type: ignore[import-untyped,unused-ignore]  # pylint: disable=import-outside-toplevel
     except ImportError as exc:
         raise CloneError(
             "MISSING_DEPENDENCY",
-            "xml: volume XML and libvirt pools need the Python package lxml (python3-lxml) on the managed host",
+            "xml: XML and libvirt pools need the Python package lxml (python3-lxml) on the managed host",
         ) from exc
     return etree
 
 
-def refuse_before_parsing(document: str) -> None:
+def refuse_before_parsing(document: str, tag: str = "volume") -> None:
     # The parser has no such limit: lxml 4.9 takes an element of 11 MiB.
     size = len(document.encode("utf-8", "surrogatepass"))
     if size > MAX_DOCUMENT:
@@ -218,10 +227,10 @@ def refuse_before_parsing(document: str) -> None:
     # For libvirt, and for some versions of libxml2, the document ends here.
     if "\0" in document:
         raise CloneError("XML_ERROR", "xml: the document contains a NUL character")
-    # A document type declares entities: files to read, hosts to connect to, texts that grow without limit. A volume
-    # needs none. Refused before the parser can act on it; a mere mention, in a comment, is refused as well.
+    # A document type declares entities: files to read, hosts to connect to, texts that grow without limit. Volumes
+    # and pools need none. Refused before the parser can act on it; a mere mention, in a comment, is refused as well.
     if "<!DOCTYPE" in document:
-        raise CloneError("XML_ERROR", "xml: the document has a DOCTYPE, which volume XML may not have")
+        raise CloneError("XML_ERROR", f"xml: the document has a DOCTYPE, which {tag} XML may not have")
 
 
 def parse(document: str, tag: str) -> t.Any:
@@ -322,21 +331,21 @@ def _compat_and_features(target: t.Any) -> t.Tuple[t.Optional[str], t.Sequence[s
     return compat or "1.1", features
 
 
-def _permissions(parent: t.Any) -> t.Tuple[t.Optional[int], t.Optional[int], t.Optional[int]]:
+def permissions(parent: t.Any) -> t.Tuple[t.Optional[int], t.Optional[int], t.Optional[int]]:
     """Mode, owner and group (``virStorageDefParsePerms``)."""
-    permissions = child(parent, "permissions")
+    element = child(parent, "permissions")
     mode = None
-    text = text_of(permissions, "mode")
+    text = text_of(element, "mode")
     if text:
         digits = text.lstrip(_BLANKS)
         if re.fullmatch("[0-7]+", digits) is None or int(digits, 8) > 0o777:
             raise CloneError("XML_ERROR", f"xml: malformed octal mode {quoted(text)}")
         mode = int(digits, 8)
-    return mode, _id(permissions, "owner"), _id(permissions, "group")
+    return mode, _id(element, "owner"), _id(element, "group")
 
 
-def _id(permissions: t.Any, name: str) -> t.Optional[int]:
-    text = text_of(permissions, name)
+def _id(parent: t.Any, name: str) -> t.Optional[int]:
+    text = text_of(parent, name)
     if text is None or text.strip(_BLANKS) == "-1":
         return None
     # Decimal, with leading zeros: libvirt reads 0744 as 744 here. The length is bounded before int() sees it.

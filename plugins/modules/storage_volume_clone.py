@@ -375,7 +375,7 @@ import typing as t
 
 from ..module_utils import _argspec
 from ..module_utils._clone import executor, request
-from ..module_utils._module import Module, respawn_where_found, run
+from ..module_utils._module import Module, respawn_for_pools, run
 
 ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     **_argspec.URI,
@@ -404,25 +404,19 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     **_argspec.PATIENCE,
     "max_capacity": {"type": "str", "default": "64TiB"},
 }
+CONDITIONS: t.Dict[str, t.Any] = {
+    "mutually_exclusive": [["source", "source_path"]],
+    "required_one_of": [["source", "source_path"]],
+}
 
 
 def clone(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.Any]:
-    pools = [params[name] for name in ("pool", "source_pool") if params[name]]
-    if not all(pool.startswith("/") for pool in pools):
-        respawn_where_found(["libvirt", "lxml.etree"])
-    elif params["xml"] is not None:
-        respawn_where_found(["lxml.etree"])
+    respawn_for_pools([params["pool"], params["source_pool"]], params["xml"] is not None)
     return executor.run(request.from_parameters(params), check_mode)
 
 
 def main() -> None:
-    module = Module(
-        argument_spec=ARGUMENT_SPEC,
-        mutually_exclusive=[["source", "source_path"]],
-        required_one_of=[["source", "source_path"]],
-        supports_check_mode=True,
-    )
-    run(module, clone)
+    run(Module(argument_spec=ARGUMENT_SPEC, supports_check_mode=True, **CONDITIONS), clone)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,32 @@ def libvirt_pool2(libvirtd, pool2):
     remove_pool(pool2.name)
 
 
+DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>
+<os><type arch='x86_64' machine='pc'>hvm</type></os>
+<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
+<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{path}'/>
+<target dev='vda' bus='virtio'/></disk>
+</devices></domain>"""
+
+
+@pytest.fixture
+def domain(libvirtd, scratch):
+    """Starts domains, paused, with one disk."""
+    names = []
+
+    def run_with(path, image_format):
+        name = f"guest{len(names)}-{time.monotonic_ns()}"
+        document = scratch / f"{name}.xml"
+        document.write_text(DOMAIN.format(name=name, path=path, format=image_format))
+        harness.virsh("create", document, "--paused")
+        names.append(name)
+        return name
+
+    yield run_with
+    for name in names:
+        harness.virsh("destroy", name)
+
+
 @pytest.fixture(params=["directory", "libvirt"])
 def either(request, pool):
     """How the task names the pool: its directory, and as a pool of libvirt."""
@@ -222,3 +249,38 @@ def gallery(file_systems):
     """A directory on XFS with the images of ``images.make_all``, and what they are."""
     place = new_directory(file_systems["xfs"])
     return place, images.make_all(place)
+
+
+# --- pools of their own ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device(scratch):
+    """Makes empty loop devices that end with the test."""
+    made = []
+
+    def make(size=32 * MIB):
+        image = scratch / f"device-{os.getpid()}-{next(_numbers)}.img"
+        with open(image, "wb") as file:
+            file.truncate(size)
+        made.append((run("losetup", "-f", "--show", image).strip(), image))
+        return made[-1][0]
+
+    yield make
+    for path, image in made:
+        run("losetup", "-d", path)
+        image.unlink()
+
+
+@pytest.fixture(scope="session")
+def gluster(scratch):
+    """A GlusterFS server on 127.0.0.2: the name of its volume."""
+    server = subprocess.Popen(
+        [harness.ROOT / "tests" / "tools" / "start-gluster", scratch / "gluster"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout.readline() == "ready\n"
+    yield "gv0"
+    server.communicate(timeout=30)

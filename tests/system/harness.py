@@ -81,43 +81,47 @@ def module(params, *, untouched=(), **options):
     return result
 
 
-def check(**params):
+#: The functions below run this module where they are not told another as their first argument.
+CLONE = "storage_volume_clone"
+
+
+def check(of=CLONE, /, **params):
     """Result of a check run, which must leave both pools as they were."""
     paths = [pool_path(params.get("pool")), pool_path(params.get("source_pool"))]
     places = [path for path in paths if path and path.is_dir()]
     before = [listing(place) for place in places]
-    result = module(params, check=True)
+    result = module(params, check=True, module=of)
     assert [listing(place) for place in places] == before, "the check run changed something"
     return result
 
 
-def clone(**params):
+def clone(of=CLONE, /, **params):
     """Result of a run that must succeed."""
-    result = module(params)
+    result = module(params, module=of)
     assert not result.get("failed"), result
     return result
 
 
-def settle(**params):
+def settle(of=CLONE, /, **params):
     """Check run, run, second run: the first tells the truth and the last has nothing to do. The result of the run."""
-    predicted = check(**params)
+    predicted = check(of, **params)
     assert not predicted.get("failed"), predicted
-    result = clone(**params)
+    result = clone(of, **params)
     for key in ("changed", "actions", "diff"):
         assert predicted[key] == result[key], (key, predicted[key], result[key])
-    again = clone(**params)
+    again = clone(of, **params)
     # A replacement is asked for each time that something differs; after it nothing does.
     assert (again["changed"], again["actions"]) == (False, []), again
     return result
 
 
-def refused(code, **params):
+def refused(code, of=CLONE, /, **params):
     """Message of a run, and of a check run, that must fail with this error code and make nothing."""
     place = pool_path(params.get("pool"))
     before = listing(place) if place and place.is_dir() else None
     messages = []
     for mode in (True, False):
-        result = module(params, check=mode)
+        result = module(params, check=mode, module=of)
         assert result.get("failed"), f"check mode {mode}: no failure: {result}"
         assert result["error_code"] == code, result
         messages.append(result["msg"])

@@ -15,33 +15,14 @@ from pathlib import Path
 import harness
 import pytest
 import yaml
-from harness import MIB, ROOT, run
-
-BIN = Path(sys.executable).parent
-COLLECTIONS = ROOT / ".venv" / "collections"
+from harness import MIB, run
+from plays import BIN, COLLECTIONS, ansible_playbook, write_play
 
 
 def play(scratch, tasks, *arguments, python="{{ ansible_playbook_python }}", env=None, **more):
     """Run a playbook; status and output."""
-    book = scratch / "play.yml"
-    variables = {"ansible_python_interpreter": python}
-    document = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": variables, "tasks": tasks, **more}]
-    book.write_text(yaml.safe_dump(document))
-    environment = {
-        **os.environ,
-        "ANSIBLE_COLLECTIONS_PATH": str(COLLECTIONS),
-        "ANSIBLE_NOCOLOR": "1",
-        "ANSIBLE_STDOUT_CALLBACK": "ansible.builtin.default",
-        "ANSIBLE_LOCALHOST_WARNING": "0",
-        "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0",
-        **(env or {}),
-    }
-    command = [str(BIN / "ansible-playbook"), *arguments, str(book)]
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    return done.returncode, done.stdout + done.stderr
+    book = write_play(scratch / "play.yml", tasks, vars={"ansible_python_interpreter": python}, **more)
+    return ansible_playbook(*arguments, book, env=env)
 
 
 def task(**params):

@@ -10,7 +10,6 @@ import itertools
 import os
 import shutil
 import subprocess
-import time
 
 import harness
 import pytest
@@ -226,31 +225,6 @@ def test_a_busy_pool_is_waited_for(libvirt_pool, pool, qcow2):
 
 
 # --- domains --------------------------------------------------------------------------------------------------------------
-
-DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>
-<os><type arch='x86_64' machine='pc'>hvm</type></os>
-<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
-<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{path}'/>
-<target dev='vda' bus='virtio'/></disk>
-</devices></domain>"""
-
-
-@pytest.fixture
-def domain(libvirtd, scratch):
-    """Starts domains, paused, with one disk."""
-    names = []
-
-    def run_with(path, image_format):
-        name = f"guest{len(names)}-{time.monotonic_ns()}"
-        document = scratch / f"{name}.xml"
-        document.write_text(DOMAIN.format(name=name, path=path, format=image_format))
-        virsh("create", document, "--paused")
-        names.append(name)
-        return name
-
-    yield run_with
-    for name in names:
-        virsh("destroy", name)
 
 
 @pytest.mark.parametrize("image", ["base.qcow2", "base.raw"])

@@ -78,6 +78,7 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
     # While we wait, whoever has the lock must not take us for a user of its target.
     scene.close_files()
     with locks.Locks(sources, [target], waiting, f"waiting for another run to finish volume {facts.name!r}"):
+        scene.locked = True
         for _round in range(_ROUNDS):
             # What another run did while we waited for the lock counts.
             facts, plan = _judge(scene, scene.gather())
@@ -117,7 +118,7 @@ def _carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Tra
 # --- a new volume -------------------------------------------------------------------------------------------------------
 
 
-def _create(scene: Scene, facts: Facts, step: Create) -> Transfer:
+def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
     what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
     held = [(image.fd, image.what, image.version) for image in scene.layers]
     with guards.Hold(held) as hold, staging.Staging(scene.pool.fd) as staged:
@@ -127,7 +128,9 @@ def _create(scene: Scene, facts: Facts, step: Create) -> Transfer:
             hold.check()
 
         try:
-            fill = _copy if step.route == "copy" else _convert
+            if step.nocow is not None:
+                staging.set_nocow(staged.fd, step.nocow)
+            fill = {"copy": _copy, "convert": _convert, "blank": _leave_blank}[step.route]
             transfer = fill(scene, step, staged.fd, what, watch)
             _expect_capacity(staged.fd, step, what)
             staged.own(*_ownership(step.owner))
@@ -165,7 +168,8 @@ def _copy(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[
     """The file as it is, then grown: keeps snapshots, bitmaps and compressed clusters."""
     source = scene.layers[0]
     method = scene.request.method
-    _match_nocow(source.fd, target, step.nocow)
+    if step.nocow is None:
+        _match_nocow(source.fd, target)
     if method == "copy":
         reason: t.Optional[str] = "method is copy"
     elif source.block:
@@ -189,11 +193,8 @@ def _copy(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[
     return Transfer("copy" if reason else "reflink", reason if method != "copy" else None)
 
 
-def _match_nocow(source: int, target: int, stated: t.Optional[bool]) -> None:
+def _match_nocow(source: int, target: int) -> None:
     """btrfs shares blocks only between files that are both, or both not, exempt from copy-on-write."""
-    if stated is not None:
-        staging.set_nocow(target, stated)
-        return
     try:
         staging.set_nocow(target, staging.is_nocow(source))
     except CloneError:
@@ -208,26 +209,32 @@ def _convert(scene: Scene, step: Create, target: int, what: str, watch: t.Callab
     if step.capacity < source.capacity:
         # Only raw sources are shrunk, and only where nothing but zeros is cut off.
         layers = [Layer(layers[0].fd, "raw", layers[0].block, probe.round_capacity(step.format, step.capacity))]
-    if step.nocow is not None:
-        staging.set_nocow(target, step.nocow)
     into = Layer(target, step.format)
     options = qemu_img.creation_options(step.format, step.qcow2, step.preallocation)
     names = {image.fd: image.what for image in scene.layers}
     names[target] = what
     same_capacity = step.capacity == probe.round_capacity(step.format, min(source.capacity, step.capacity))
-    if step.format == "raw":
-        # Made by us: qemu-img would leave an extent size hint of 1 MiB behind on XFS, which fills small holes.
-        os.ftruncate(target, step.capacity)
-        file_copy.preallocate(target, 0, step.capacity, step.preallocation, watch)
-    elif not same_capacity:
-        scene.qemu.run(qemu_img.create(into, options, step.capacity), {target: what}, f"making {what}", watch)
     exists = step.format == "raw" or not same_capacity
+    if exists:
+        _leave_blank(scene, step, target, what, watch)
     doing = f"converting {scene.layers[0].what}"
     limit = step.capacity + step.capacity // 4 + (128 << 20)
     scene.qemu.run(qemu_img.convert(layers, into, options, exists), names, doing, watch, file_limit=limit)
     if step.format == "raw":
         os.ftruncate(target, step.capacity)
     return Transfer("convert", f"{'flattening' if len(scene.layers) > 1 else 'a conversion'} writes new blocks")
+
+
+def _leave_blank(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> None:
+    if step.format == "raw":
+        # Made by us: qemu-img would leave an extent size hint of 1 MiB behind on XFS, which fills small holes.
+        os.ftruncate(target, step.capacity)
+        file_copy.preallocate(target, 0, step.capacity, step.preallocation, watch)
+    else:
+        options = qemu_img.creation_options(step.format, step.qcow2, step.preallocation)
+        scene.qemu.run(
+            qemu_img.create(Layer(target, step.format), options, step.capacity), {target: what}, f"making {what}", watch
+        )
 
 
 def _expect_capacity(target: int, step: Create, what: str) -> None:

@@ -35,8 +35,9 @@ MAX_DEPTH = 64
 # File systems by statfs(2): ext2 to ext4 and tmpfs never share blocks between files; each subvolume of a btrfs is a device.
 _NEVER_SHARE = (0xEF53, 0x01021994)
 _BTRFS = 0x9123683E
-# Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment.
-_MOMENT = 1.0
+# Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment; on a busy host, where many
+# runs start at once, for more than one.
+_MOMENT, _LONG_MOMENT = 1.0, 4.0
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Scene:
     def __init__(self, request: Request, check_mode: bool) -> None:
         self.request = request
         self.check_mode = check_mode
+        #: whether the target is locked, so that this is the last look at it
+        self.locked = False
         #: when the whole task has to be over
         self.deadline = Deadline(request.timeout, "timeout")
         self.qemu = QemuImg()
@@ -142,6 +145,8 @@ class Scene:
 
     def _source(self) -> SourceFacts:
         request = self.request
+        if request.blank:
+            return SourceFacts("nothing", "")
         if request.source_path is not None:
             facts = SourceFacts(f"source_path {request.source_path!r}", request.source_path)
             return self._open_source(facts, os.path.realpath(request.source_path), None)
@@ -404,7 +409,7 @@ class Scene:
 
     def _users_now(self, name: str) -> str:
         """Who uses the open target; outside check mode, somebody who lets go of it within a moment does not count."""
-        end = time.monotonic() + _MOMENT
+        end = time.monotonic() + (_LONG_MOMENT if self.locked else _MOMENT)
         who = guards.users(self.target_fd)
         while who and not self.check_mode and time.monotonic() < end:
             time.sleep(0.05)

@@ -111,7 +111,8 @@ class Facts:
 class Create:
     """Make a new volume and publish it, in place of an old one when ``replaces``.
 
-    ``route``: ``copy`` copies the file as it is and grows it, ``convert`` has qemu-img write it, ``libvirt`` has libvirt.
+    ``route``: ``copy`` copies the file as it is and grows it, ``convert`` has qemu-img write it, ``libvirt`` has libvirt;
+    ``blank`` has no source.
     """
 
     route: str
@@ -235,7 +236,9 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
         steps.append(_growth(request, facts, image, wanted))
         after = replace(after, capacity=wanted)
     source = facts.source.image
-    if source is None:
+    if request.blank:
+        pass
+    elif source is None:
         warnings.append(f"{facts.source.gone}; {_what(facts)} exists and is judged on what the task states")
     elif wanted is None and image.capacity < source.capacity:
         warnings.append(
@@ -343,7 +346,8 @@ def merged_label(current: t.Optional[str], stated: t.Mapping[str, str]) -> t.Opt
 
 
 def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
-    before = _state(facts.target, facts.target.image) if facts.target.image else None
+    if request.blank:
+        return _blank(request, facts, replaces)
     source = facts.source.image
     if facts.pool.missing or source is None:
         if not facts.check_mode or replaces:
@@ -364,9 +368,7 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
     elif capacity < source.capacity:
         _refuse_shrinking(request, facts, source, capacity)
 
-    if capacity == 0 and image_format in EMPTY_UNREADABLE:
-        raise CloneError("CONFIG_UNSUPPORTED", f"capacity: a {image_format} volume of 0 bytes could not be opened by anybody")
-
+    _refuse_empty(image_format, capacity)
     features = qcow2_features(request.qcow2, source.qcow2) if image_format == "qcow2" else None
     route = _route(request, facts, source, image_format, capacity, features)
     step = Create(
@@ -386,14 +388,42 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
     corrupt = "" if writers else _known(facts, "source_corrupt")
     if corrupt:
         raise CloneError("CORRUPT_IMAGE", corrupt)
+    return _creation(facts, step, warnings)
+
+
+def _blank(request: Request, facts: Facts, replaces: bool) -> Plan:
+    image_format = request.format or "raw"
+    _refuse_options(request, image_format)
+    if request.capacity is None:
+        raise CloneError("INVALID_ARG", f"capacity: {_what(facts)} does not exist, and nothing states how large it shall be")
+    capacity = round_capacity(image_format, request.capacity)
+    _refuse_empty(image_format, capacity)
+    features = qcow2_features(request.qcow2, None) if image_format == "qcow2" else None
+    owner = _new_ownership(request, facts)
+    step = Create("blank", image_format, capacity, owner, features, request.preallocation, request.nocow, replaces)
+    if facts.pool.missing:
+        return Plan(None, _state_after(step), (step,), (_presumed(facts.pool.missing),))
+    return _creation(facts, step, [])
+
+
+def _creation(facts: Facts, step: Create, warnings: t.Sequence[str]) -> Plan:
     missing = _known(facts, "space_missing", step)
     if missing:
         raise CloneError(
             "NO_SPACE", f"{_what(facts)} needs {format_bytes(missing)} more than is free in pool {facts.pool.name!r}"
         )
+    before = _state(facts.target, facts.target.image) if facts.target.image else None
+    return Plan(before, _state_after(step), (step,), tuple(warnings))
+
+
+def _state_after(step: Create) -> State:
     owner = step.owner
-    after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label)
-    return Plan(before, after, (step,), tuple(warnings))
+    return State(step.format, step.capacity, owner.uid, owner.gid, owner.mode, owner.label)
+
+
+def _refuse_empty(image_format: str, capacity: int) -> None:
+    if capacity == 0 and image_format in EMPTY_UNREADABLE:
+        raise CloneError("CONFIG_UNSUPPORTED", f"capacity: a {image_format} volume of 0 bytes could not be opened by anybody")
 
 
 def _refuse_options(request: Request, image_format: str) -> None:
@@ -415,7 +445,11 @@ def _predicted(request: Request, facts: Facts) -> Plan:
         capacity = None if capacity is None else round_capacity(image_format, capacity)
     step = Create("copy", image_format or "raw", capacity or 0, owner)
     after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label)
-    return Plan(None, after, (step,), (f"{why}; the check run takes it that an earlier task makes it",))
+    return Plan(None, after, (step,), (_presumed(why),))
+
+
+def _presumed(why: str) -> str:
+    return f"{why}; the check run takes it that an earlier task makes it"
 
 
 def _refuse_source(request: Request, facts: Facts, source: Image) -> None:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the task asks for, typed and checked, before anything is looked at.
+"""What the task asks for, typed and checked, before anything is looked at: a clone, or a blank volume.
 
 A parameter wins over the volume XML; what neither states is None here and gets its default from the facts, in the planner.
 """
@@ -29,7 +29,7 @@ _RAW_ALIASES = ("iso", "img")
 
 @dataclass(frozen=True)
 class Request:
-    """One clone as the task and its XML state it. Sizes in bytes; None is "not stated"."""
+    """One volume as the task and its XML state it. Sizes in bytes; None is "not stated"."""
 
     pool: str
     uri: str = "qemu:///system"
@@ -61,6 +61,11 @@ class Request:
     max_capacity: int = 64 << 40
 
     @property
+    def blank(self) -> bool:
+        """Whether the volume is made from nothing."""
+        return self.source is None and self.source_path is None
+
+    @property
     def effective_source_pool(self) -> str:
         return self.source_pool if self.source_pool is not None else self.pool
 
@@ -70,9 +75,10 @@ class Request:
         return self.source if self.source is not None else os.path.basename(self.source_path or "")
 
 
-def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
+def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Request:
     """Check the module's parameters and its XML.
 
+    :param on_host: whether names of users and groups mean something here; elsewhere they are not looked up
     :raises CloneError: ``INVALID_ARG``, ``XML_ERROR`` or ``CONFIG_UNSUPPORTED``, naming the parameter and its value
     """
     xml = _xml.parse_volume(params["xml"]) if params.get("xml") is not None else _xml.VolumeXML()
@@ -112,8 +118,8 @@ def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
         resize=params.get("resize") is not False,
         compare=params.get("compare") or "metadata",
         force=bool(params.get("force")),
-        owner=user_id(params["owner"]) if params.get("owner") is not None else xml.owner,
-        group=group_id(params["group"]) if params.get("group") is not None else xml.group,
+        owner=user_id(params["owner"]) if on_host and params.get("owner") is not None else xml.owner,
+        group=group_id(params["group"]) if on_host and params.get("group") is not None else xml.group,
         mode=_mode(params.get("mode"), xml.mode),
         label={part: params[f"se{part}"] for part in ("user", "role", "type", "level") if params.get(f"se{part}") is not None},
         source_in_use=params.get("source_in_use") or "fail",
@@ -121,6 +127,21 @@ def from_parameters(params: t.Mapping[str, t.Any]) -> Request:
         timeout=_seconds(params, "timeout", None),
         max_capacity=_units.parse_capacity(params.get("max_capacity", "64TiB"), "max_capacity"),
     )
+
+
+def blank_from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Request:
+    """Check the parameters and the XML of a volume that is made from nothing.
+
+    :raises CloneError: as :func:`from_parameters`, and ``NO_SUPPORT`` for XML that describes another kind of volume
+    """
+    request = from_parameters(params, on_host)
+    if request.name is None:
+        raise CloneError("INVALID_ARG", "name: neither the parameter nor the XML states it")
+    if request.encrypted:
+        raise CloneError("NO_SUPPORT", "xml: <encryption> is not possible; an encrypted volume can be cloned, not made")
+    if params.get("xml") is not None and _xml.parse_volume(params["xml"]).backing_path is not None:
+        raise CloneError("NO_SUPPORT", "xml: <backingStore> is not possible for a blank volume")
+    return request
 
 
 def _check_format(value: t.Optional[str], parameter: str) -> t.Optional[str]:

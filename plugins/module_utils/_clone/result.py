@@ -56,7 +56,7 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
         "changed": bool(actions),
         "actions": actions,
         "volume": volume,
-        "source": _source(facts.source),
+        **({} if scene.request.blank else {"source": _source(facts.source)}),
         "diff": {
             "before": {**named, **_state(plan.before)} if plan.before else {},
             "after": {**named, **_state(plan.after)},

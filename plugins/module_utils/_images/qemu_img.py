@@ -10,23 +10,16 @@ with its parent. So no name is looked up twice, nothing is probed, and a killed 
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import re
-import resource
-import shutil
 import signal
-import subprocess
 import typing as t
 from dataclasses import dataclass
 
+from .. import _process
 from .._errors import CloneError
 from .probe import Image, Qcow2Features
 
-_PR_SET_PDEATHSIG = 1
-_MEMORY_LIMIT = 2 << 30
-_CPU_LIMIT = 30
 # qemu's file-posix.c: 'Failed to get shared "write" lock'. The word alone would also match "block".
 _LOCKED = re.compile(r'Failed to get (?:shared )?"[a-z ]+" lock')
 
@@ -148,8 +141,7 @@ class QemuImg:
     @property
     def program(self) -> str:
         if self._program is None:
-            path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/bin", "/usr/bin", "/bin"))
-            self._program = shutil.which("qemu-img", path=path)
+            self._program = _process.find("qemu-img")
         if self._program is None:
             raise CloneError(
                 "MISSING_DEPENDENCY", "qemu-img is not installed (package qemu-utils on Debian, qemu-img on Fedora)"
@@ -174,31 +166,10 @@ class QemuImg:
         :param quick: limit its processor time too (for headers only: a conversion may take hours)
         :param file_limit: largest file in bytes that it may write
         """
-        program = self.program
-        process = subprocess.Popen(
-            [program, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=tuple(names),
-            env={"LC_ALL": "C", "PATH": os.defpath},
-            cwd="/",
-            preexec_fn=_in_child(os.getpid(), quick, file_limit),  # pylint: disable=subprocess-popen-preexec-fn
-        )
-        try:
-            while True:
-                try:
-                    out, err = process.communicate(timeout=0.2)
-                    break
-                except subprocess.TimeoutExpired:
-                    watch()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-        if process.returncode not in accept:
-            raise _failure(process.returncode, err.decode("utf-8", "replace"), names, doing)
-        return process.returncode, out.decode("utf-8", "replace")
+        status, out, err = _process.run([self.program, *arguments], names, watch, quick, file_limit)
+        if status not in accept:
+            raise _failure(status, err, names, doing)
+        return status, out
 
     def read(self, layer: Layer, name: str, watch: t.Callable[[], None]) -> Image:
         """Describe an image of any format by ``qemu-img info``; its own format is given, never probed."""
@@ -212,29 +183,6 @@ class QemuImg:
             encrypted=bool(described.get("encrypted")),
             unclean="dirty" if described.get("dirty-flag") else None,
         )
-
-
-# Loaded before any fork: a child between fork and exec must not import or open anything.
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def _in_child(parent: int, quick: bool, file_limit: t.Optional[int]) -> t.Callable[[], None]:
-    """What the child does between fork and exec: die with the parent, and live within limits (CVE-2015-5162)."""
-
-    def prepare() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            # The parent died before the line above took effect; nobody would ever stop us.
-            os._exit(127)
-        os.umask(0o077)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
-        if quick:
-            resource.setrlimit(resource.RLIMIT_CPU, (_CPU_LIMIT, _CPU_LIMIT))
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-    return prepare
 
 
 def _failure(status: int, stderr: str, names: t.Mapping[int, str], doing: str) -> CloneError:

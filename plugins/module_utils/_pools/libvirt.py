@@ -19,13 +19,17 @@ from contextlib import contextmanager
 from .. import _xml
 from .._deadline import Deadline
 from .._errors import CloneError
+from . import capabilities, definition
+from .capabilities import FILE_POOLS
+from .definition import Definition
 from .directory import DirectoryPool
 
-FILE_POOLS = ("dir", "fs", "netfs")
 _URI = re.compile(r"(?P<driver>[a-z]+)(?:\+(?P<transport>[a-z0-9]+))?://(?P<host>[^/?]*)(?:[/?].*)?", re.IGNORECASE)
 # What a pool answers while jobs run in it (storage_driver.c); the code is INTERNAL_ERROR or OPERATION_INVALID, so only the
 # text tells.
 _BUSY = ("has asynchronous jobs running", "is still being allocated", "is still in use")
+# virStoragePoolObjIsDuplicate and virStoragePoolObjSourceFindDuplicate (virstorageobj.c), both OPERATION_FAILED.
+_TAKEN = ("already exists with uuid", "is already defined with uuid", "Storage source conflict")
 
 
 def libvirt_module() -> t.Any:
@@ -83,41 +87,135 @@ class Connection:
 
         :raises CloneError: ``NO_STORAGE_POOL`` for none, ``NO_SUPPORT`` for one that does not keep files
         """
-        with translated(f"looking up pool {name!r} at {self.uri}"):
-            pool = self.handle.storagePoolLookupByName(name)
-            described = _xml.pool_target(pool.XMLDesc(0))
-        if described.type not in FILE_POOLS:
+        pool = self.find(name)
+        if pool is None:
+            raise CloneError("NO_STORAGE_POOL", f"pool {name!r} does not exist at {self.uri}")
+        if not capabilities.of(pool.type).clone:
             raise CloneError(
                 "NO_SUPPORT",
-                f"pool {name!r} is of type {described.type}; volumes are cloned in pools of the types {', '.join(FILE_POOLS)}",
+                f"pool {name!r} is of type {pool.type}; volumes are cloned in pools of the types {', '.join(FILE_POOLS)}",
             )
+        return pool
+
+    def find(self, name: str) -> t.Optional[LibvirtPool]:
+        """The pool of that name, of whatever type; None when there is none."""
+        libvirt = libvirt_module()
+        with translated(f"looking up pool {name!r} at {self.uri}"):
+            try:
+                pool = self.handle.storagePoolLookupByName(name)
+                described = _xml.pool_target(pool.XMLDesc(0))
+            except libvirt.libvirtError as exc:
+                if exc.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+                    raise
+                return None
         return LibvirtPool(name, described.target_path or "", described.type, pool, self)
+
+    def names(self) -> t.List[str]:
+        """Of all pools, in order."""
+        with translated(f"listing the pools at {self.uri}"):
+            return sorted(pool.name() for pool in self.handle.listAllStoragePools(0))
+
+    def definitions(self, but: str) -> t.Iterator[Definition]:
+        """What all pools but one are started with."""
+        for name in self.names():
+            pool = self.find(name) if name != but else None
+            if pool is not None:
+                yield definition.parse(pool.document(inactive=True))
+
+    def define(self, document: str, name: str) -> LibvirtPool:
+        """Define a pool, or give one that has the document's uuid another definition; it runs on with the old one.
+
+        :raises FileExistsError: another pool has the name or the storage by now
+        """
+        libvirt = libvirt_module()
+        with translated(f"defining pool {name!r}"):
+            try:
+                self.handle.storagePoolDefineXML(document, 0)
+            except libvirt.libvirtError as exc:
+                if any(text in exc.get_error_message() for text in _TAKEN):
+                    raise FileExistsError(exc.get_error_message()) from exc
+                raise
+        pool = self.find(name)
+        if pool is None:
+            raise CloneError("NO_STORAGE_POOL", f"pool {name!r} was undefined while it was made")
+        return pool
+
+    def denied(self) -> str:
+        """Why nobody may define a pool by this connection; empty when one may try.
+
+        A read-only connection says so before it reads the document, and an empty one defines nothing.
+        """
+        libvirt = libvirt_module()
+        try:
+            self.handle.storagePoolDefineXML("", 0)
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() in (libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_ACCESS_DENIED):
+                return t.cast(str, exc.get_error_message())
+        return ""
+
+    def file_pools(self) -> t.List[LibvirtPool]:
+        """Every active pool that keeps files."""
+        libvirt = libvirt_module()
+        pools = []
+        with translated(f"listing the pools at {self.uri}"):
+            listed = self.handle.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE)
+        for pool in listed:
+            try:
+                described = _xml.pool_target(pool.XMLDesc(0))
+            except libvirt.libvirtError:
+                # Undefined since it was listed.
+                continue
+            if described.type in FILE_POOLS and described.target_path:
+                pools.append(LibvirtPool(pool.name(), described.target_path, described.type, pool, self))
+        return pools
 
     def users_of(self, path: str) -> str:
         """Running domains that have a disk, or a layer of one, in the file ``path``."""
+        status = os.stat(path)
+        return ", ".join(self.domains_by_file().get((status.st_dev, status.st_ino), [])[:3])
+
+    def domains_by_file(self) -> t.Dict[t.Tuple[int, int], t.List[str]]:
+        """Running domains by device and inode of the files in which they have a disk, or a layer of one."""
+        found: t.Dict[t.Tuple[int, int], t.List[str]] = {}
+        for name, document in self._running_domains():
+            used = map(_identity, _xml.domain_disks(document))
+            for identity in {identity for identity in used if identity is not None}:
+                found.setdefault(identity, []).append(f"domain {name!r}")
+        return found
+
+    def users_below(self, directory: str, pool: str) -> str:
+        """Running domains that have a disk, or a layer of one, below a directory, or name a volume of the pool as a disk."""
+        below = os.path.join(os.path.realpath(directory), "")
+        found = [
+            f"domain {name!r}"
+            for name, document in self._running_domains()
+            if pool in _xml.domain_pools(document)
+            or any(os.path.realpath(path).startswith(below) for path in _xml.domain_disks(document))
+        ]
+        return ", ".join(found[:3])
+
+    def _running_domains(self) -> t.Iterator[t.Tuple[str, str]]:
+        """Name and document of each."""
         libvirt = libvirt_module()
         try:
             domains = self.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         except libvirt.libvirtError:
             # storage:///system has no domains.
-            return ""
-        wanted = os.stat(path)
-        found = []
+            return
         for domain in domains:
             try:
-                used = _xml.domain_disks(domain.XMLDesc(0))
+                yield domain.name(), domain.XMLDesc(0)
             except libvirt.libvirtError:
+                # It has ended since it was listed.
                 continue
-            if any(_is_file(disk, wanted) for disk in used):
-                found.append(f"domain {domain.name()!r}")
-        return ", ".join(found[:3])
 
 
-def _is_file(path: str, wanted: os.stat_result) -> bool:
+def _identity(path: str) -> t.Optional[t.Tuple[int, int]]:
     try:
-        return os.path.samestat(os.stat(path), wanted)
+        status = os.stat(path)
     except OSError:
-        return False
+        return None
+    return status.st_dev, status.st_ino
 
 
 class LibvirtPool(DirectoryPool):
@@ -132,6 +230,57 @@ class LibvirtPool(DirectoryPool):
     def is_active(self) -> bool:
         with translated(f"looking at pool {self.name!r}"):
             return bool(self._pool.isActive())
+
+    def is_persistent(self) -> bool:
+        with translated(f"looking at pool {self.name!r}"):
+            return bool(self._pool.isPersistent())
+
+    def autostart(self) -> bool:
+        with translated(f"looking at pool {self.name!r}"):
+            return bool(self._pool.autostart())
+
+    def document(self, inactive: bool = False) -> str:
+        """What the pool runs with, or with ``inactive`` what it is started with."""
+        libvirt = libvirt_module()
+        with translated(f"looking at pool {self.name!r}"):
+            return t.cast(str, self._pool.XMLDesc(libvirt.VIR_STORAGE_XML_INACTIVE if inactive else 0))
+
+    def sizes(self) -> t.Tuple[int, int, int]:
+        """Capacity, allocation and free space in bytes, as libvirt last saw them."""
+        with translated(f"looking at pool {self.name!r}"):
+            _state, capacity, allocation, available = self._pool.info()
+        return capacity, allocation, available
+
+    def build(self) -> None:
+        """Make the file system; libvirt refuses by itself where it finds another one."""
+        libvirt = libvirt_module()
+        with translated(f"building pool {self.name!r}"):
+            self._pool.build(libvirt.VIR_STORAGE_POOL_BUILD_NO_OVERWRITE)
+
+    def start(self) -> None:
+        with translated(f"starting pool {self.name!r}"):
+            self._pool.create(0)
+
+    def stop(self, deadline: Deadline) -> None:
+        """Stop the pool, once no job is running.
+
+        :raises CloneError: ``IN_USE`` when it cannot be unmounted
+        """
+        try:
+            with translated(f"stopping pool {self.name!r}"):
+                self._patiently(self._pool.destroy, deadline)
+        except CloneError as exc:
+            if "target is busy" in exc.msg:
+                raise CloneError("IN_USE", exc.msg) from exc
+            raise
+
+    def undefine(self) -> None:
+        with translated(f"undefining pool {self.name!r}"):
+            self._pool.undefine()
+
+    def set_autostart(self, wanted: bool) -> None:
+        with translated(f"setting autostart of pool {self.name!r}"):
+            self._pool.setAutostart(int(wanted))
 
     def denied(self) -> str:
         """Also notices a read-only connection, which libvirt tells only to somebody who tries to change something.
@@ -242,4 +391,5 @@ def _error(exc: t.Any, doing: str) -> CloneError:
         denied = "ermission denied" in text
         space = "No space left" in text
         known = "STORAGE_VOL_EXIST" if taken else "OPERATION_DENIED" if denied else "NO_SPACE" if space else "IO_ERROR"
-    return CloneError(known, f"{doing} failed: {text}")
+    # What a child process of libvirt's printed is several lines.
+    return CloneError(known, f"{doing} failed: {' '.join(text.split())}")

@@ -148,9 +148,14 @@ def preallocate(fd: int, start: int, end: int, mode: str, watch: t.Callable[[], 
             ) from exc
         raise
     for begin, stop in empty:
-        for at in range(begin, stop, _CHUNK):
-            watch()
-            _write_all(fd, memoryview(_ZEROS)[: min(_CHUNK, stop - at)], at)
+        write_zeros(fd, begin, stop, watch)
+
+
+def write_zeros(fd: int, begin: int, end: int, watch: t.Callable[[], None]) -> None:
+    """Write zeros, rather than have the file system make holes or mark blocks as unwritten."""
+    for at in range(begin, end, _CHUNK):
+        watch()
+        _write_all(fd, memoryview(_ZEROS)[: min(_CHUNK, end - at)], at)
 
 
 def _holes(fd: int, start: int, end: int) -> t.Iterator[t.Tuple[int, int]]:
@@ -165,24 +170,31 @@ def _holes(fd: int, start: int, end: int) -> t.Iterator[t.Tuple[int, int]]:
 
 def shares_blocks(fd: int) -> t.Optional[bool]:
     """Whether FIEMAP calls any data extent shared; None where the file system has no FIEMAP."""
+    try:
+        return any(shared for _begin, _end, shared in mapped_extents(fd))
+    except OSError:
+        return None
+
+
+def mapped_extents(fd: int) -> t.Iterator[t.Tuple[int, int, bool]]:
+    """Begin, end, and whether other files share it, of every extent that has blocks, unwritten ones too, by FIEMAP.
+
+    :raises OSError: where the file system has no FIEMAP
+    """
     at, count = 0, 512
     while True:
         request = struct.pack("=QQIIII", at, 2**64 - 1 - at, _FIEMAP_FLAG_SYNC, 0, count, 0)
         reply = bytearray(request + bytes(56 * count))
-        try:
-            fcntl.ioctl(fd, _FS_IOC_FIEMAP, reply)
-        except OSError:
-            return None
+        fcntl.ioctl(fd, _FS_IOC_FIEMAP, reply)
         mapped = struct.unpack_from("=I", reply, 20)[0]
         flags = 0
         for index in range(mapped):
             logical, _physical, length = struct.unpack_from("=QQQ", reply, 32 + 56 * index)
             flags = struct.unpack_from("=I", reply, 32 + 56 * index + 40)[0]
-            if flags & _FIEMAP_EXTENT_SHARED:
-                return True
             at = logical + length
+            yield logical, at, bool(flags & _FIEMAP_EXTENT_SHARED)
         if mapped < count or flags & _FIEMAP_EXTENT_LAST:
-            return False
+            return
 
 
 def allocated_size(fd: int, end: int) -> int:

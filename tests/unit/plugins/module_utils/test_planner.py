@@ -412,3 +412,57 @@ def test_the_planner_asks_for_what_it_needs(question, known, stated):
 def test_a_volume_as_stated_needs_no_costly_fact():
     unknown = dict.fromkeys(("source_writers", "target_users", "data_beyond", "content_equal", "space_missing", "denied"))
     assert plan(source=image(), target=image(), **unknown).steps == ()
+
+
+# --- a volume made from nothing -------------------------------------------------------------------------------------------
+
+
+def blank(target=None, missing=None, **stated):
+    known = replace(facts(None, target), source=SourceFacts("nothing", ""))
+    if missing:
+        known = replace(known, check_mode=True, pool=replace(known.pool, missing=missing))
+    return planner.plan(Request(**{"pool": "/p", "name": "clone", **stated}), known)
+
+
+@pytest.mark.parametrize(
+    "stated, image_format, capacity",
+    [
+        ({"capacity": 5}, "raw", 5),
+        ({"capacity": 5, "format": "qcow2"}, "qcow2", 512),
+        ({"capacity": 40 << 30, "format": "vdi"}, "vdi", 40 << 30),
+    ],
+)
+def test_a_blank_volume_is_raw_unless_stated_and_as_large_as_its_format_can_be(stated, image_format, capacity):
+    (step,) = blank(**stated).steps
+    assert (step.route, step.format, step.capacity, step.replaces) == ("blank", image_format, capacity, False)
+    assert (step.owner.mode, step.dropped) == (0o600, ())
+
+
+def test_a_blank_volume_needs_a_capacity():
+    with pytest.raises(CloneError, match="capacity: volume 'clone' of pool '/p' does not exist") as caught:
+        blank()
+    assert caught.value.code == "INVALID_ARG"
+
+
+def test_a_blank_volume_that_exists_is_judged_on_what_is_stated():
+    assert blank(image()).actions == []
+    assert blank(image(), capacity=100 * MIB, format="qcow2").actions == []
+    assert blank(image(), capacity=200 * MIB).actions == ["grown"]
+    assert blank(image(), mode=Mode("0600")).actions == ["permissions"]
+    assert blank(image(), format="raw", capacity=5, force=True).steps[0].replaces
+    assert blank(image()).warnings == ()
+    for stated in ({"format": "raw"}, {"capacity": 5}):
+        with pytest.raises(CloneError) as caught:
+            blank(image(), **stated)
+        assert caught.value.code == "DIFFERS"
+
+
+def test_a_check_run_presumes_the_pool_of_a_blank_volume():
+    made = blank(missing="pool 'p' does not exist", capacity=5)
+    assert made.actions == ["created"]
+    assert made.warnings == ("pool 'p' does not exist; the check run takes it that an earlier task makes it",)
+
+
+def test_a_blank_volume_of_no_bytes_is_refused_where_nobody_could_open_it():
+    with pytest.raises(CloneError, match="0 bytes"):
+        blank(capacity=0, format="vmdk")

@@ -142,7 +142,7 @@ def test_failures_speak_of_volumes(status, stderr, code, text):
 
 
 def test_a_missing_qemu_img_is_named(monkeypatch):
-    monkeypatch.setattr(qemu_img.shutil, "which", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(qemu_img._process, "find", lambda _program: None)
     with pytest.raises(qemu_img.CloneError, match="qemu-utils on Debian") as caught:
         qemu_img.QemuImg().run(["info"], {}, "reading")
     assert caught.value.code == "MISSING_DEPENDENCY"

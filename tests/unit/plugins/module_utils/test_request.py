@@ -218,3 +218,28 @@ def test_owners_that_nobody_is(parameter, value):
 @pytest.mark.parametrize("value, number", [("0", 0), ("4294967294", 4294967294), ("root", 0)])
 def test_owners(value, number):
     assert build(owner=value).owner == number
+
+
+def test_names_of_users_are_looked_up_on_the_host_only():
+    with pytest.raises(CloneError, match="owner"):
+        build(owner="nobody-of-that-name")
+    assert request.from_parameters({"pool": "/p", "source": "b", "owner": "nobody-of-that-name"}, on_host=False).owner is None
+
+
+def test_a_request_without_a_source_is_for_a_blank_volume():
+    assert request.blank_from_parameters({"pool": "/p", "name": "data", "capacity": "1M"}).blank
+    assert not build().blank
+
+
+@pytest.mark.parametrize(
+    "code, stated, word",
+    [
+        ("INVALID_ARG", {}, "name"),
+        ("NO_SUPPORT", {"xml": "<volume><name>a</name><backingStore><path>/b</path></backingStore></volume>"}, "backingStore"),
+        ("NO_SUPPORT", {"xml": "<volume><name>a</name><target><encryption format='luks'/></target></volume>"}, "encryption"),
+    ],
+)
+def test_what_a_blank_volume_cannot_be(code, stated, word):
+    with pytest.raises(CloneError, match=word) as caught:
+        request.blank_from_parameters({"pool": "/p", **stated})
+    assert caught.value.code == code

@@ -526,7 +526,7 @@ def test_without_lxml_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lxml", None)
     assert refusal(_xml.parse_volume, "<volume/>") == (
         "MISSING_DEPENDENCY",
-        "xml: volume XML and libvirt pools need the Python package lxml (python3-lxml) on the managed host",
+        "xml: XML and libvirt pools need the Python package lxml (python3-lxml) on the managed host",
     )
 
 

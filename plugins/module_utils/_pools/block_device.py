@@ -1,0 +1,94 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a block device holds, to know whether it may be formatted. Reads only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+
+from .. import _process
+from .._errors import CloneError, from_os_error
+from .._transfer.guards import length
+
+_PIECE = 1 << 20
+# libblkid's name of a file system, where libvirt has another.
+_NAMES = {"hfsplus": "hfs+"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """``format`` of a file system that is alone on the device; ``holds`` and ``claimed`` in words, empty for nothing."""
+
+    format: str = ""
+    holds: str = ""
+    claimed: str = ""
+
+
+def examine(path: str, wanted: str) -> Found:
+    """What the device holds.
+
+    It counts as empty when libblkid finds no signature, no partition table among them, and its first and last MiB are all
+    zeros: libblkid does not know everything.
+
+    :param wanted: the format that it shall get
+    :raises CloneError: ``INVALID_ARG`` for what is no block device, ``MISSING_DEPENDENCY`` where nobody could format it
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise from_os_error(exc, f"opening the device {path!r} (pool_source.devices)") from exc
+    try:
+        if not stat.S_ISBLK(os.fstat(fd).st_mode):
+            raise CloneError("INVALID_ARG", f"pool_source.devices: {path!r} is no block device, and build formats nothing else")
+        found = _signatures(fd, path)
+        if found.holds:
+            return found
+        if not _zeros(fd):
+            return Found(holds="data that is no known format")
+    finally:
+        os.close(fd)
+    if _process.find(f"mkfs.{wanted}") is None:
+        raise CloneError("MISSING_DEPENDENCY", f"pool_source.format: {wanted!r} needs mkfs.{wanted} on the managed host")
+    return Found(claimed=_claimed(path))
+
+
+def _signatures(fd: int, path: str) -> Found:
+    program = _process.find("blkid")
+    if program is None:
+        raise CloneError("MISSING_DEPENDENCY", "build needs blkid (util-linux) on the managed host")
+    status, out, err = _process.run([program, "-p", "-o", "export", f"/proc/self/fd/{fd}"], [fd])
+    values = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+    # blkid(8): 2 is nothing found, 8 more than one thing.
+    if status == 8:
+        return Found(holds="several signatures of file systems or partition tables")
+    if status == 0 and values.get("PTTYPE"):
+        return Found(holds=f"a partition table ({values['PTTYPE']})")
+    if status == 0 and values.get("USAGE") == "filesystem":
+        name = _NAMES.get(values.get("TYPE", ""), values.get("TYPE", ""))
+        return Found(format=name, holds=f"a file system ({name})")
+    if status == 0:
+        return Found(holds=f"a signature ({values.get('TYPE', 'unknown')})")
+    if status != 2:
+        raise CloneError("IO_ERROR", f"blkid failed on the device {path!r}: {' '.join(err.split())[:200] or status}")
+    return Found()
+
+
+def _zeros(fd: int) -> bool:
+    pieces = [os.pread(fd, _PIECE, at) for at in (0, max(0, length(fd) - _PIECE))]
+    return all(piece.count(0) == len(piece) for piece in pieces)
+
+
+def _claimed(path: str) -> str:
+    """The kernel gives a device to one at a time who asks for it alone: a mount, a volume group, a swap area."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as exc:
+        if exc.errno != errno.EBUSY:
+            raise from_os_error(exc, f"opening the device {path!r} (pool_source.devices)") from exc
+        return "is in use: mounted, or part of another device"
+    return ""

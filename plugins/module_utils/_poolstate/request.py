@@ -1,0 +1,139 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the task asks of a pool, typed and checked, before anything is looked at.
+
+A parameter wins over the pool XML; what neither states is None here.
+"""
+
+from __future__ import annotations
+
+import typing as t
+import unicodedata
+from dataclasses import dataclass, fields
+
+from .._errors import CloneError
+from .._names import check_path, check_pool
+from .._permissions import Mode, group_id, user_id
+from .._pools import definition
+from .._pools.definition import Host, Source, Stated
+from .._units import quoted
+
+NOTHING_STATED = Stated()
+#: Options that describe a pool of libvirt, and that a directory pool has no use for.
+_LIBVIRT_ONLY = ("type", "target_path", "pool_source", "xml", "autostart", "build")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A pool as the task states it; None is "not stated"."""
+
+    name: str
+    uri: str = "qemu:///system"
+    state: str = "active"
+    stated: Stated = NOTHING_STATED
+    xml: t.Optional[str] = None
+    owner: t.Optional[int] = None
+    group: t.Optional[int] = None
+    mode: t.Optional[Mode] = None
+    autostart: t.Optional[bool] = None
+    build: bool = False
+    lock_timeout: float = 300.0
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether the pool is a plain directory, without libvirt."""
+        return self.name.startswith("/")
+
+    @property
+    def defines(self) -> bool:
+        """Whether the task says anything about the pool's definition."""
+        return self.xml is not None or self.stated != NOTHING_STATED
+
+    @property
+    def owns(self) -> bool:
+        """Whether the task says anything about the directory's owner, group or mode."""
+        return (self.owner, self.group, self.mode) != (None, None, None)
+
+
+def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Request:
+    """Check the module's parameters and its XML.
+
+    :param on_host: whether names of users and groups mean something here; elsewhere they are not looked up
+    :raises CloneError: ``INVALID_ARG`` or ``XML_ERROR``, naming the parameter and its value
+    """
+    xml = params.get("xml")
+    described = definition.parse(xml, strict=True) if xml is not None else None
+    name = params.get("name")
+    if name is None:
+        name = described.name if described else None
+        if not name:
+            raise CloneError("INVALID_ARG", "name: neither the parameter nor the XML states it")
+    check_pool(name, "name")
+    if name.startswith("/"):
+        check_path(name, "name")
+        _refuse_for_directory(name, params)
+    if params.get("target_path") is not None:
+        check_path(params["target_path"], "target_path")
+    elif described and described.target_path is not None:
+        check_path(described.target_path, "xml: target/path")
+    mode = params.get("mode")
+    if params.get("lock_timeout") is not None and params["lock_timeout"] < 0:
+        raise CloneError("INVALID_ARG", f"lock_timeout: {params['lock_timeout']} seconds is less than none")
+    return Request(
+        name=name,
+        uri=params.get("uri") or "qemu:///system",
+        state=params.get("state") or "active",
+        stated=_stated(params),
+        xml=xml,
+        owner=user_id(params["owner"]) if on_host and params.get("owner") is not None else None,
+        group=group_id(params["group"]) if on_host and params.get("group") is not None else None,
+        # A directory may hand its group on to the volumes that are made in it.
+        mode=Mode(mode, allowed=0o7777) if mode is not None else None,
+        autostart=params.get("autostart"),
+        build=bool(params.get("build")),
+        lock_timeout=float(params["lock_timeout"]) if params.get("lock_timeout") is not None else 300.0,
+    )
+
+
+def _refuse_for_directory(name: str, params: t.Mapping[str, t.Any]) -> None:
+    for option in _LIBVIRT_ONLY:
+        value = params.get(option)
+        # The default of "build" is no statement.
+        if value is not None and (option, value) != ("build", False):
+            raise CloneError(
+                "INVALID_ARG",
+                f"{option}: {quoted(str(value))} has no meaning for the directory pool {name!r}",
+            )
+    if params.get("state") == "inactive":
+        raise CloneError("INVALID_ARG", f"state: 'inactive' has no meaning for the directory pool {name!r}")
+
+
+def _stated(params: t.Mapping[str, t.Any]) -> Stated:
+    source = params.get("pool_source") or {}
+    hosts = source.get("hosts")
+    devices = source.get("devices")
+    stated = Stated(
+        type=params.get("type"),
+        target_path=params.get("target_path"),
+        hosts=None if hosts is None else tuple(host["name"] for host in hosts),
+        dir=source.get("dir"),
+        devices=None if devices is None else tuple(devices),
+        format=source.get("format"),
+    )
+    for entry in fields(stated):
+        value = getattr(stated, entry.name)
+        for text in value if isinstance(value, tuple) else (value,):
+            parameter = entry.name if entry.name in ("type", "target_path") else f"pool_source.{entry.name}"
+            if text == "":
+                raise CloneError("INVALID_ARG", f"{parameter}: '' is empty")
+            # XML cannot carry most of them, and nobody could read the others.
+            if text is not None and any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
+                raise CloneError("INVALID_ARG", f"{parameter}: {quoted(text)} contains a control character")
+    for device in stated.devices or ():
+        check_path(device, "pool_source.devices")
+    if stated.type is not None:
+        hosts = tuple(Host(name) for name in stated.hosts or ())
+        definition.refuse_useless(stated.type, Source(hosts, None, stated.dir, stated.devices or (), stated.format))
+    return stated

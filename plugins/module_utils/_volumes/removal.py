@@ -1,0 +1,358 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""``state: absent``: request and facts, the plan, and how it is carried out.
+
+Promises: only the file that was judged is deleted, and never one that is in use. Killed anywhere, the volume still has its
+name, so that the next run does what is left to do, or it is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+import typing as t
+from contextlib import closing
+from dataclasses import dataclass
+
+from .. import _xml
+from .._deadline import Deadline
+from .._errors import CloneError, from_os_error
+from .._names import check_name, check_pool
+from .._pools.directory import kind_of
+from .._pools.libvirt import LibvirtPool
+from .._transfer import guards, locks, wipe
+from .._units import format_bytes
+from .inventory import Inventory, open_volume
+
+# Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment.
+_MOMENT = 1.0
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What the task asks for. ``wipe`` is the algorithm, None for no wiping; times are in seconds."""
+
+    pool: str
+    name: str
+    uri: str = "qemu:///system"
+    wipe: t.Optional[str] = None
+    force: bool = False
+    lock_timeout: float = 300.0
+    timeout: t.Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The volume as it is. All the rest only matters where ``volume`` is not None, which is its description."""
+
+    volume: t.Optional[t.Mapping[str, t.Any]] = None
+    #: what stands under that name, when it is no regular file
+    obstacle: t.Optional[str] = None
+    #: why only a check run goes on: the pool cannot be looked into yet
+    missing: str = ""
+    #: why this user may not delete it
+    denied: str = ""
+    #: volumes that have it below them
+    dependents: t.Tuple[str, ...] = ()
+    #: what could not be read, and so may depend on it
+    untold: t.Tuple[str, ...] = ()
+    #: who uses it
+    users: str = ""
+    #: names that the file has
+    links: int = 1
+    #: why wiping leaves old bytes on the disk
+    kept: str = ""
+    #: bytes that the pool lacks for wiping
+    space_missing: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``actions`` are what is left to do, of ``wiped`` and ``deleted``, in order."""
+
+    actions: t.Tuple[str, ...] = ()
+    warnings: t.Tuple[str, ...] = ()
+
+
+def from_parameters(params: t.Mapping[str, t.Any]) -> Removal:
+    """Check the module's parameters.
+
+    :raises CloneError: ``INVALID_ARG`` or ``XML_ERROR``, naming the parameter and its value
+    """
+    name = params.get("name")
+    if name is None and params.get("xml") is not None:
+        name = _xml.parse_volume(params["xml"]).name
+    if name is None:
+        raise CloneError("INVALID_ARG", "name: which volume shall be absent is stated neither here nor in xml")
+    check_name(name, "name")
+    check_pool(params["pool"], "pool")
+    algorithm = params.get("wipe_algorithm")
+    if algorithm is not None and not params.get("wipe"):
+        raise CloneError("INVALID_ARG", f"wipe_algorithm: {algorithm} has no meaning without wipe=true")
+    for parameter in ("lock_timeout", "timeout"):
+        if (params.get(parameter) or 0) < 0:
+            raise CloneError("INVALID_ARG", f"{parameter}: {params[parameter]} seconds is less than none")
+    return Removal(
+        pool=params["pool"],
+        name=name,
+        uri=params.get("uri") or "qemu:///system",
+        wipe=(algorithm or "zero") if params.get("wipe") else None,
+        force=bool(params.get("force")),
+        lock_timeout=300.0 if params.get("lock_timeout") is None else float(params["lock_timeout"]),
+        timeout=None if params.get("timeout") is None else float(params["timeout"]),
+    )
+
+
+def plan(request: Removal, facts: Facts) -> Plan:
+    """What has to be done for the volume to be absent.
+
+    :raises CloneError: the refusal
+    """
+    what = f"volume {request.name!r} of pool {request.pool!r}"
+    if facts.missing:
+        return Plan(warnings=(f"{facts.missing}; the check run takes it that {what} is not there",))
+    if facts.obstacle:
+        raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: its name is taken by {facts.obstacle}")
+    if facts.volume is None:
+        return Plan()
+    if facts.denied:
+        raise CloneError("OPERATION_DENIED", facts.denied)
+    warnings = []
+    if facts.dependents:
+        depend = f"{_count(facts.dependents)} on it: {_first(facts.dependents)}"
+        if not request.force:
+            raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: {depend}; force=true deletes it all the same")
+        warnings.append(f"{what} is deleted although {depend}")
+    if facts.untold:
+        warnings.append(f"whether anything depends on {what} cannot be told of {_first(facts.untold)}")
+    if facts.users:
+        raise CloneError("IN_USE", f"{what} cannot be deleted: it is open by {facts.users}")
+    if request.wipe is None:
+        return Plan(("deleted",), tuple(warnings))
+    _refuse_wiping(request, facts, what)
+    if facts.kept:
+        warnings.append(f"{what} is wiped, but some of its data stays on the disk: {facts.kept}")
+    return Plan(("wiped", "deleted"), tuple(warnings))
+
+
+def _refuse_wiping(request: Removal, facts: Facts, what: str) -> None:
+    if facts.links > 1:
+        raise CloneError(
+            "OPERATION_INVALID",
+            f"{what} cannot be wiped: the file has {facts.links - 1} more names, which would lose their data",
+        )
+    if facts.space_missing:
+        raise CloneError(
+            "NO_SPACE",
+            f"{what} cannot be wiped: wipe_algorithm={request.wipe} fills its holes, for which the pool lacks"
+            f" {format_bytes(facts.space_missing)}",
+        )
+
+
+def _count(dependents: t.Sequence[str]) -> str:
+    return "1 volume depends" if len(dependents) == 1 else f"{len(dependents)} volumes depend"
+
+
+def _first(names: t.Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# --- carrying it out ----------------------------------------------------------------------------------------------------
+
+
+def run(request: Removal, check_mode: bool) -> t.Dict[str, t.Any]:
+    """Delete the volume, or in check mode say what would be done. Returns the module's result.
+
+    :raises CloneError: on refusal or failure
+    """
+    with closing(_Scene(request, check_mode)) as scene:
+        facts, todo = Facts(), None
+        try:
+            facts = scene.look(patiently=False)
+            todo = plan(request, facts)
+        except CloneError as exc:
+            # Whoever has it open may be another run, which is waited for under the lock; then all is judged again.
+            if check_mode or exc.code != "IN_USE":
+                raise
+        if todo is None or (todo.actions and not check_mode):
+            facts, todo = _change(scene)
+        if not check_mode:
+            scene.refresh()
+        return _result(facts, todo)
+
+
+def _change(scene: _Scene) -> t.Tuple[Facts, Plan]:
+    request = scene.request
+    what = f"volume {request.name!r} of pool {request.pool!r}"
+    scene.close_file()
+    target = locks.key(os.fstat(scene.inventory.pool.fd), request.name)
+    waiting = scene.deadline.sooner(request.lock_timeout, "lock_timeout")
+    with locks.Locks([], [target], waiting, f"waiting for another run to finish {what}"):
+        # What another run did while we waited for the lock counts.
+        facts = scene.look(patiently=True)
+        todo = plan(request, facts)
+        for action, doing, carry_out in (("wiped", "wiping", scene.wipe), ("deleted", "deleting", scene.unlink)):
+            if action in todo.actions:
+                try:
+                    carry_out(what)
+                except OSError as exc:
+                    raise from_os_error(exc, f"{doing} {what}") from exc
+    return facts, todo
+
+
+class _Scene:
+    """The volume, its pool, and all that may depend on it."""
+
+    def __init__(self, request: Removal, check_mode: bool) -> None:
+        self.request = request
+        self.check_mode = check_mode
+        #: when the whole task has to be over
+        self.deadline = Deadline(request.timeout, "timeout")
+        self.inventory = Inventory(request.uri, request.pool, request.name, self.deadline)
+        self._open = False
+        self._fd = -1
+
+    def close(self) -> None:
+        self.close_file()
+        self.inventory.close()
+
+    def close_file(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def look(self, patiently: bool) -> Facts:
+        """All that the plan needs. The volume stays open: what was judged is what is deleted.
+
+        ``patiently`` is for who holds the lock: others would only keep him waiting, with the volume open.
+        """
+        self.close_file()
+        if not self._open:
+            try:
+                self.inventory.open_pool()
+                self._open = True
+            except CloneError as exc:
+                if exc.code == "NO_STORAGE_POOL":
+                    # Nothing is in it; so a second teardown has nothing to do.
+                    return Facts()
+                if self.check_mode and exc.code == "OPERATION_INVALID":
+                    return Facts(missing=exc.msg)
+                raise
+        name, pool = self.request.name, self.inventory.pool
+        status = pool.lstat(name)
+        if status is None:
+            return Facts()
+        if kind_of(status):
+            return Facts(obstacle=kind_of(status))
+        denied = self._denied(status)
+        if denied:
+            return Facts(volume={}, denied=denied)
+        self.inventory.scan()
+        found = self.inventory.asked_for()
+        try:
+            self._fd = open_volume(pool, name, os.O_RDONLY)
+        except FileNotFoundError:
+            return Facts()
+        except PermissionError:
+            # Nobody else can say who has it open.
+            return Facts(volume={}, denied=f"pool {pool.name!r}: this user may not open {name!r}; use become")
+        if not found or not self._is_still(found[0].status):
+            raise CloneError("IN_USE", f"volume {name!r} of pool {pool.name!r} was replaced while it was looked at")
+        key = found[0].key
+        return Facts(
+            volume=self.inventory.describe(found[0]),
+            dependents=tuple(sorted(map(self.inventory.call, self.inventory.dependents().get(key, ())))),
+            untold=tuple(self.inventory.untold(key)),
+            users=self._users(patiently),
+            **self._about_wiping(),
+        )
+
+    def _about_wiping(self) -> t.Dict[str, t.Any]:
+        algorithm = self.request.wipe
+        if algorithm is None:
+            return {}
+        wipe.scrub_program(algorithm)
+        name, pool = self.request.name, self.inventory.pool
+        writable = os.access(f"/proc/self/fd/{self._fd}", os.W_OK, effective_ids=True)
+        lacking = 0 if algorithm in ("zero", "trim") else wipe.holes(self._fd) - pool.available()
+        return {
+            "denied": "" if writable else f"pool {pool.name!r}: this user may not write to {name!r}; use become",
+            "links": os.fstat(self._fd).st_nlink,
+            "kept": wipe.kept(self._fd),
+            "space_missing": max(lacking, 0),
+        }
+
+    def _denied(self, status: os.stat_result) -> str:
+        pool = self.inventory.pool
+        denied = pool.denied()
+        if not denied and isinstance(pool, LibvirtPool):
+            denied = pool.cannot_write()
+        directory = os.fstat(pool.fd)
+        if not denied and directory.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid, directory.st_uid):
+            denied = f"pool {pool.name!r}: in {pool.path!r} users may delete only their own files; use become"
+        return denied
+
+    def _users(self, patiently: bool) -> str:
+        """Who uses the open volume. ``patiently``: somebody who lets go of it within a moment does not count."""
+        end = time.monotonic() + _MOMENT
+        who = guards.users(self._fd)
+        while who and patiently and time.monotonic() < end:
+            time.sleep(0.05)
+            who = guards.users(self._fd)
+        # By its name, another run could have deleted it by now.
+        return who or self.inventory.pool.users_of(f"/proc/self/fd/{self._fd}")
+
+    def _is_still(self, judged: os.stat_result) -> bool:
+        """Whether the name still means the file that was judged, and that is open."""
+        status = self.inventory.pool.lstat(self.request.name)
+        return status is not None and os.path.samestat(status, judged) and os.path.samestat(status, os.fstat(self._fd))
+
+    def _refuse_change(self, what: str, doing: str) -> None:
+        """The last look."""
+        if not self._is_still(os.fstat(self._fd)):
+            raise CloneError("IN_USE", f"{what} cannot be {doing}: another file has its name by now, or none")
+        users = self._users(patiently=True)
+        if users:
+            raise CloneError("IN_USE", f"{what} cannot be {doing}: it is open by {users}")
+
+    def wipe(self, what: str) -> None:
+        """Under its name: who finds it so after a kill knows what is left to do."""
+        guards.claim(self._fd)
+        self._refuse_change(what, "wiped")
+        fd = open_volume(self.inventory.pool, self.request.name, os.O_RDWR)
+        try:
+            if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
+                raise CloneError("IN_USE", f"{what} cannot be wiped: another file has its name by now, or none")
+            wipe.wipe(fd, t.cast(str, self.request.wipe), what, lambda: self.deadline.check(f"wiping {what}"))
+        finally:
+            os.close(fd)
+
+    def unlink(self, what: str) -> None:
+        directory = self.inventory.pool.fd
+        self._refuse_change(what, "deleted")
+        os.unlink(self.request.name, dir_fd=directory)
+        os.fsync(directory)
+
+    def refresh(self) -> None:
+        """Have libvirt forget a volume that is gone, whoever deleted it."""
+        if not self._open:
+            return
+        name, pool = self.request.name, self.inventory.pool
+        if isinstance(pool, LibvirtPool) and pool.lstat(name) is None and pool.lists(name):
+            pool.refresh(self.deadline.sooner(self.request.lock_timeout, "lock_timeout"))
+
+
+def _result(facts: Facts, todo: Plan) -> t.Dict[str, t.Any]:
+    """``volume`` is the volume as it was."""
+    shown = ("name", "pool", "format", "capacity", "owner", "group", "mode", "secontext")
+    before = {key: facts.volume[key] for key in shown if key in facts.volume} if facts.volume and todo.actions else {}
+    return {
+        "changed": bool(todo.actions),
+        "actions": list(todo.actions),
+        "volume": dict(facts.volume) if facts.volume else None,
+        "diff": {"before": before, "after": {}},
+        "warnings": list(todo.warnings),
+    }

@@ -1,0 +1,279 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: storage_pool
+short_description: Manage a libvirt storage pool
+version_added: 0.1.0
+author:
+  - The virtforge.libvirt authors (@virtforge)
+description:
+  - Defines, starts, stops and undefines a storage pool, and makes its directory. A plain directory, without libvirt, is a pool
+    too.
+  - The pool is declared. Its definition is compared with the stated one by what both mean. Order and blanks are no difference,
+    nor are slashes at the end of a path and defaults that only one of them spells out. With parameters only what is stated
+    counts, with O(xml) all but what libvirt only prints.
+  - A definition that differs is changed. A pool that is active is stopped and started for that, which is refused while
+    a running domain uses a volume of it. If libvirt does not take the new definition, or cannot start it, the old one is put
+    back.
+  - Another type or UUID makes another pool of it. That fails, and the pool has to be removed first.
+  - A pool that exists, of whatever type, can be started, stopped and undefined by its name alone.
+  - No volume is ever deleted, and no device formatted that holds anything.
+extends_documentation_fragment:
+  - virtforge.libvirt.options
+  - virtforge.libvirt.attributes
+  - virtforge.libvirt.attributes.actiongroup
+attributes:
+  check_mode:
+    support: full
+    details: Where the pool or its device would have been made by an earlier task, a change is predicted, with a warning.
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+requirements:
+  - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt
+  - C(blkid) and C(mkfs) for the format, for O(build)
+options:
+  name:
+    description:
+      - Name of the pool, or an absolute path for a pool that is a directory and needs no libvirt.
+      - Needed unless O(xml) states it. The parameter wins.
+    type: str
+    aliases: [pool]
+  type:
+    description:
+      - Kind of pool. V(dir) is a directory, V(fs) a file system on a block device, V(netfs) one on the network.
+      - Needed for a pool that does not exist, unless O(xml) states it.
+    type: str
+    choices: [dir, fs, netfs]
+  target_path:
+    description:
+      - Directory of the pool, or where its file system gets mounted. An absolute path. All types need it.
+    type: path
+    aliases: [path]
+  pool_source:
+    description:
+      - Where the pool's file system is. The type V(fs) needs O(pool_source.devices), the type V(netfs) needs
+        O(pool_source.hosts) and O(pool_source.dir). What a type has no use for is refused.
+    type: dict
+    suboptions:
+      hosts:
+        description: The server. The type V(netfs) takes one.
+        type: list
+        elements: dict
+        suboptions:
+          name:
+            description: Its name or address.
+            type: str
+            required: true
+      dir:
+        description: Directory that the server exports. For the format V(glusterfs) the name of a volume.
+        type: str
+      devices:
+        description: The block device. The type V(fs) takes one.
+        type: list
+        elements: path
+      format:
+        description:
+          - Format of the file system. For V(fs) one of libvirt's list, such as V(ext4) and V(xfs), for V(netfs) V(nfs),
+            V(glusterfs) or V(cifs).
+          - V(auto), libvirt's default, takes what is there. For a btrfs, which libvirt has no name for, make it beforehand and
+            state no format.
+        type: str
+  xml:
+    description:
+      - Pool XML as C(virsh pool-define) takes it, and C(virsh pool-dumpxml) prints it. Other parameters win over it.
+      - The whole document is compared, less sizes, permissions, and a UUID that it does not have. It can state what no
+        parameter exists for, such as mount options.
+      - Its permissions count only for a directory that is made.
+    type: str
+  state:
+    description:
+      - V(present) is defined, and running or not as it is. V(active) is defined and running, V(inactive) is defined and
+        stopped.
+      - V(absent) is stopped and undefined, with all data left where it is. A directory pool is removed, if it is empty.
+    type: str
+    choices: [present, active, inactive, absent]
+    default: active
+  autostart:
+    description: Whether the pool is started with libvirt. Left alone where not stated.
+    type: bool
+  build:
+    description:
+      - Make the file system of a pool of the type V(fs), in the format that O(pool_source.format) states, if the device is
+        empty.
+      - A device that has that format is left as it is. One that holds anything else is never formatted. It counts as empty when
+        C(blkid) finds nothing and its first and last MiB are zeros.
+      - Directories are always made.
+    type: bool
+    default: false
+  owner:
+    description:
+      - User that owns the pool's directory, by name or number. Where not stated, a new one belongs to the running user.
+      - For V(fs) and V(netfs) that is the root of what is mounted, while the pool is active.
+    type: str
+  group:
+    description: Group of the pool's directory, by name or number.
+    type: str
+  mode:
+    description:
+      - Mode of the pool's directory, octal and quoted (V('0751')) or symbolic (V(u=rwx,go=x)).
+      - Where not stated, a new one has V(0711), as libvirt makes it.
+    type: raw
+  lock_timeout:
+    description: Seconds to wait for another run to finish with the same pool, and for libvirt's jobs in it.
+    type: int
+    default: 300
+seealso:
+  - module: virtforge.libvirt.storage_pool_info
+  - module: community.libvirt.virt_pool
+notes:
+  - Without root, and for a pool of C(qemu:///system), use C(become).
+"""
+
+EXAMPLES = r"""
+---
+- name: A directory of images
+  virtforge.libvirt.storage_pool:
+    name: images
+    type: dir
+    target_path: /srv/images
+    mode: '0751'
+    autostart: true
+
+- name: A file system of its own for the disks, made if the device is empty
+  virtforge.libvirt.storage_pool:
+    name: disks
+    type: fs
+    target_path: /srv/disks
+    pool_source:
+      devices: [/dev/disk/by-id/virtio-vms]
+      format: xfs
+    build: true
+
+- name: A volume of a GlusterFS server, with mount options
+  virtforge.libvirt.storage_pool:
+    xml: |
+      <pool type='netfs' xmlns:fs='http://libvirt.org/schemas/storagepool/fs/1.0'>
+        <name>media</name>
+        <source>
+          <host name='nas.example.com'/>
+          <dir path='media'/>
+          <format type='glusterfs'/>
+        </source>
+        <target><path>/srv/media</path></target>
+        <fs:mount_opts><fs:option name='ro'/></fs:mount_opts>
+      </pool>
+
+- name: A directory that needs no libvirt
+  virtforge.libvirt.storage_pool:
+    name: /srv/plain
+
+- name: Stop a pool
+  virtforge.libvirt.storage_pool:
+    name: media
+    state: inactive
+
+- name: Remove a pool and leave its volumes
+  virtforge.libvirt.storage_pool:
+    name: media
+    state: absent
+"""
+
+RETURN = r"""
+actions:
+  description:
+    - What was done, or would be done, in order. Of C(created) (the directory), C(defined), C(redefined), C(stopped), C(built),
+      C(started), C(permissions), C(autostart), C(undefined) and C(removed) (the directory). Empty when the pool was as stated.
+  returned: success
+  type: list
+  elements: str
+  sample: [created, defined, started]
+pool:
+  description:
+    - The pool, as M(virtforge.libvirt.storage_pool_info) describes one. Null when it is absent.
+    - In check mode that of a pool that would change, as far as it is known.
+  returned: success
+  type: dict
+  sample:
+    name: images
+    uuid: 4f3a1c52-9a9e-4f0e-8a35-0ddf3b1a7f5c
+    type: dir
+    state: active
+    autostart: true
+    persistent: true
+    path: /srv/images
+    capacity: 107374182400
+    allocation: 53687091200
+    available: 53687091200
+    source: {}
+    capabilities:
+      create: true
+      clone: true
+      grow: true
+      delete: true
+      formats: [raw, qcow2]
+diff:
+  description:
+    - The pool C(before) and C(after), with what is known of it, named as the parameters. What no parameter exists for stands
+      under C(xml), by its path in the document.
+  returned: success
+  type: dict
+error_code:
+  description:
+    - Kind of failure, after libvirt's own where it has one.
+    - One of V(NO_STORAGE_POOL), V(DIFFERS), V(IN_USE), V(INVALID_ARG), V(XML_ERROR), V(CONFIG_UNSUPPORTED), V(NO_SUPPORT),
+      V(OPERATION_DENIED), V(OPERATION_INVALID), V(TIMEOUT), V(NO_SPACE), V(IO_ERROR) and V(MISSING_DEPENDENCY).
+    - V(OPERATION_INVALID) is also that of a device that O(build) must not format, and of a path, device or export that another
+      pool has.
+  returned: failure
+  type: str
+  sample: DIFFERS
+"""
+
+import typing as t
+
+from ..module_utils import _argspec
+from ..module_utils._module import Module, respawn_for_pools, run
+from ..module_utils._poolstate import executor, request
+
+ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
+    **_argspec.URI,
+    "name": {"type": "str", "aliases": ["pool"]},
+    "type": {"type": "str", "choices": ["dir", "fs", "netfs"]},
+    "target_path": {"type": "path", "aliases": ["path"]},
+    "pool_source": {
+        "type": "dict",
+        "options": {
+            "hosts": {"type": "list", "elements": "dict", "options": {"name": {"type": "str", "required": True}}},
+            "dir": {"type": "str"},
+            "devices": {"type": "list", "elements": "path"},
+            "format": {"type": "str"},
+        },
+    },
+    "xml": {"type": "str"},
+    "state": {"type": "str", "choices": ["present", "active", "inactive", "absent"], "default": "active"},
+    "autostart": {"type": "bool"},
+    "build": {"type": "bool", "default": False},
+    **_argspec.OWNERSHIP,
+    "lock_timeout": _argspec.PATIENCE["lock_timeout"],
+}
+CONDITIONS: t.Dict[str, t.Any] = {"required_one_of": [["name", "xml"]]}
+
+
+def manage(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.Any]:
+    respawn_for_pools([params["name"] or "that of the XML"], params["xml"] is not None)
+    return executor.run(request.from_parameters(params), check_mode)
+
+
+def main() -> None:
+    run(Module(argument_spec=ARGUMENT_SPEC, supports_check_mode=True, **CONDITIONS), manage)
+
+
+if __name__ == "__main__":
+    main()
