@@ -63,9 +63,7 @@ import typing as t
 from ansible.errors import AnsibleFilterError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
-from ..module_utils._clone import request
 from ..module_utils._errors import CloneError
-from ..module_utils._poolstate import request as pool_request
 from ..modules import storage_pool, storage_volume, storage_volume_clone
 
 if t.TYPE_CHECKING:  # pragma: no cover
@@ -77,22 +75,41 @@ Entry = t.Mapping[str, t.Any]
 def entry_problems(entries: t.Any, module: str, list_name: str, safe_mode: bool = False) -> t.List[str]:
     """Sentences that name the entry and the key."""
     modules: t.Dict[str, t.Tuple[ModuleType, t.Callable[[Entry], object]]] = {
-        "storage_pool": (storage_pool, lambda entry: pool_request.from_parameters(entry, on_host=False)),
+        "storage_pool": (storage_pool, lambda entry: storage_pool.check(entry, on_host=False)),
         "storage_volume": (storage_volume, lambda entry: storage_volume.check(entry, on_host=False)),
-        "storage_volume_clone": (storage_volume_clone, lambda entry: request.from_parameters(entry, on_host=False)),
+        "storage_volume_clone": (storage_volume_clone, lambda entry: storage_volume_clone.check(entry, on_host=False)),
     }
     if module not in modules:
         raise AnsibleFilterError(f"module: {module!r} is none of {', '.join(modules)}")
     code, semantics = modules[module]
     problems: t.List[str] = []
+    seen: t.Dict[t.Tuple[str, ...], str] = {}
     for number, entry in enumerate(entries):
         if not isinstance(entry, t.Mapping):
             problems.append(f"{list_name}[{number}]: {entry!r} is not a dictionary")
             continue
         called = entry.get("name") or entry.get("volume") or (module == "storage_pool" and entry.get("pool"))
         what = f"{list_name}[{number}]" + (f" ({str(called)!r})" if called else "")
-        problems += [f"{what}: {problem}" for problem in _problems(entry, code, semantics, safe_mode)]
+        found = _problems(entry, code, semantics, safe_mode)
+        problems += [f"{what}: {problem}" for problem in found]
+        for key in _claims(entry, module) if not found else ():
+            if key in seen:
+                problems.append(f"{what}: {key[0]} is that of {seen[key]}, and one of them would undo the other")
+            seen.setdefault(key, what)
     return problems
+
+
+def _claims(entry: Entry, module: str) -> t.Iterator[t.Tuple[str, ...]]:
+    """What no other entry of the list may have too, with the key that says so first."""
+    if module == "storage_pool":
+        for keys in (("name", "pool"), ("target_path", "path")):
+            yield from ((keys[0], str(entry[key]).rstrip("/")) for key in keys if entry.get(key))
+        return
+    volumes = entry.get("volumes") or [entry]
+    for volume in volumes if isinstance(volumes, list) else ():
+        name = isinstance(volume, t.Mapping) and (volume.get("name") or volume.get("volume"))
+        if name:
+            yield "name", str(entry.get("pool")), str(name)
 
 
 def _problems(entry: Entry, code: ModuleType, semantics: t.Callable[[Entry], object], safe_mode: bool) -> t.List[str]:

@@ -38,6 +38,8 @@ def run(module: Module, work: t.Callable[[t.Mapping[str, t.Any], bool], t.Dict[s
         module.fail_json(error.msg, error_code=error.code)
     for warning in outcome.pop("warnings", ()):
         module.warn(warning)
+    if outcome.get("failed"):
+        module.fail_json(**outcome)
     module.exit_json(**outcome)
 
 

@@ -11,13 +11,27 @@ import re
 import unicodedata
 
 from ._errors import CloneError
+from ._units import quoted
 
 _STAGED_NAME = re.compile(r"\.virtforge-[0-9a-f]{16}\.tmp")
+
+# In bytes. libvirt writes a pool's document to such a file first (virFileRewrite), and no file system has longer names.
+_MAX_POOL = 255 - len(".xml.new")
 
 
 def is_staged_name(name: str) -> bool:
     """Whether a file of this name is somebody's staging file and so no volume."""
     return _STAGED_NAME.fullmatch(name) is not None
+
+
+def is_readable(text: str) -> bool:
+    """Whether a person can read a text on one line, and XML can carry it (``Char`` in XML 1.0)."""
+    return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in "\ufffe\uffff" for char in text)
+
+
+def check_readable(text: str, parameter: str) -> None:
+    if not is_readable(text):
+        raise CloneError("INVALID_ARG", f"{parameter}: {quoted(text)} contains a control character")
 
 
 def check_name(name: str, parameter: str) -> None:
@@ -36,7 +50,7 @@ def check_name(name: str, parameter: str) -> None:
         problem = "contains '/'"
     elif name in (".", ".."):
         problem = "is a directory"
-    elif any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in name):
+    elif not is_readable(name):
         problem = "contains a control character"
     elif len(encoded) > 255:
         problem = f"is {len(encoded)} bytes long, of 255 possible"
@@ -53,7 +67,13 @@ def check_path(path: str, parameter: str) -> None:
 
 
 def check_pool(pool: str, parameter: str) -> None:
-    if not pool or any(unicodedata.category(char) in ("Cc", "Cs") for char in pool):
+    if not pool:
         raise CloneError("INVALID_ARG", f"{parameter}: {pool!a} is not the name of a pool")
-    if "/" in pool and not os.path.isabs(pool):
+    check_readable(pool, parameter)
+    if os.path.isabs(pool):
+        return
+    if "/" in pool:
         raise CloneError("INVALID_ARG", f"{parameter}: {pool!a} is neither a pool's name nor an absolute directory")
+    size = len(pool.encode("utf-8"))
+    if size > _MAX_POOL:
+        raise CloneError("INVALID_ARG", f"{parameter}: {quoted(pool)} is {size} bytes long, of {_MAX_POOL} possible")

@@ -19,6 +19,9 @@ _SYMBOLIC_MODE = re.compile(r"([ugoa]+)([-+=])([rwxX]*)")
 class Mode:
     """A file mode as Ansible takes it: octal as number or text, or symbolic (``u=rw,g=r,o-rwx``).
 
+    A number has neither the bit of set-user-ID nor the sticky one: YAML reads an unquoted 711 as 0o1307, and so each mode from
+    512 to 1023. A mode that has one of these bits has to be text.
+
     :param allowed: the bits that an octal mode may have
     """
 
@@ -30,6 +33,7 @@ class Mode:
             raise CloneError("INVALID_ARG", f"{parameter}: {value!r} is neither an octal nor a symbolic mode")
         if isinstance(value, int):
             self.octal = value
+            allowed &= 0o2777
         elif re.fullmatch(r"(0o)?[0-7]+", text):
             self.octal = int(text.replace("o", ""), 8)
         else:

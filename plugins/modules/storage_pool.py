@@ -42,9 +42,12 @@ options:
   name:
     description:
       - Name of the pool, or an absolute path for a pool that is a directory and needs no libvirt.
-      - Needed unless O(xml) states it. The parameter wins.
+      - Needed unless O(xml) or O(pool) states it. The parameter wins.
     type: str
-    aliases: [pool]
+  pool:
+    description:
+      - The same as O(name), for C(module_defaults) of all modules of the collection. O(name) wins over it, and so does O(xml).
+    type: str
   type:
     description:
       - Kind of pool. V(dir) is a directory, V(fs) a file system on a block device, V(netfs) one on the network.
@@ -54,6 +57,7 @@ options:
   target_path:
     description:
       - Directory of the pool, or where its file system gets mounted. An absolute path. All types need it.
+      - For V(fs) and V(netfs) a path with a symbolic link in it is refused, because libvirt would not find it among the mounts.
     type: path
     aliases: [path]
   pool_source:
@@ -96,7 +100,8 @@ options:
     description:
       - V(present) is defined, and running or not as it is. V(active) is defined and running, V(inactive) is defined and
         stopped.
-      - V(absent) is stopped and undefined, with all data left where it is. A directory pool is removed, if it is empty.
+      - V(absent) is stopped and undefined, with all data left where it is. A directory pool is removed, if it is empty
+        and no mount point. A directory that libvirt has as a pool is not known as such by its path.
     type: str
     choices: [present, active, inactive, absent]
     default: active
@@ -108,7 +113,9 @@ options:
       - Make the file system of a pool of the type V(fs), in the format that O(pool_source.format) states, if the device is
         empty.
       - A device that has that format is left as it is. One that holds anything else is never formatted. It counts as empty when
-        C(blkid) finds nothing and its first and last MiB are zeros.
+        C(blkid) finds nothing and there are only zeros where it is read. A device of up to 1 GiB is read as a whole, of
+        a larger one the first and the last MiB, and 1 MiB at each of 256 places between them, evenly spread.
+      - A device that a running domain or any other process has open is not formatted either.
       - Directories are always made.
     type: bool
     default: false
@@ -123,6 +130,8 @@ options:
   mode:
     description:
       - Mode of the pool's directory, octal and quoted (V('0751')) or symbolic (V(u=rwx,go=x)).
+      - A number, as YAML makes of a mode without quotes, is refused if it has the sticky or the set-user-ID bit. V(711) is
+        such a number, V(0711) is not.
       - Where not stated, a new one has V(0711), as libvirt makes it.
     type: raw
   lock_timeout:
@@ -163,7 +172,7 @@ EXAMPLES = r"""
         <name>media</name>
         <source>
           <host name='nas.example.com'/>
-          <dir path='media'/>
+          <dir path='gv0'/>
           <format type='glusterfs'/>
         </source>
         <target><path>/srv/media</path></target>
@@ -244,7 +253,8 @@ from ..module_utils._poolstate import executor, request
 
 ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     **_argspec.URI,
-    "name": {"type": "str", "aliases": ["pool"]},
+    "name": {"type": "str"},
+    "pool": {"type": "str"},
     "type": {"type": "str", "choices": ["dir", "fs", "netfs"]},
     "target_path": {"type": "path", "aliases": ["path"]},
     "pool_source": {
@@ -263,12 +273,20 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     **_argspec.OWNERSHIP,
     "lock_timeout": _argspec.PATIENCE["lock_timeout"],
 }
-CONDITIONS: t.Dict[str, t.Any] = {"required_one_of": [["name", "xml"]]}
+CONDITIONS: t.Dict[str, t.Any] = {"required_one_of": [["name", "pool", "xml"]]}
+
+
+def check(params: t.Mapping[str, t.Any], on_host: bool = True) -> request.Request:
+    """What the task asks for, or a refusal."""
+    # An alias would win over the option, and so module_defaults over what the task states.
+    name = params["name"] if params["name"] is not None or params["xml"] is not None else params["pool"]
+    return request.from_parameters({**params, "name": name}, on_host)
 
 
 def manage(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.Any]:
-    respawn_for_pools([params["name"] or "that of the XML"], params["xml"] is not None)
-    return executor.run(request.from_parameters(params), check_mode)
+    name = params["name"] or (params["xml"] is None and params["pool"]) or "that of the XML"
+    respawn_for_pools([name], params["xml"] is not None)
+    return executor.run(check(params), check_mode)
 
 
 def main() -> None:

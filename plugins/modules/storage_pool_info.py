@@ -34,7 +34,10 @@ options:
       - Name of a libvirt pool, or an absolute path of a directory, which needs no libvirt. Without it, all pools of libvirt.
       - One that does not exist is no failure, the list is empty then.
     type: str
-    aliases: [pool]
+  pool:
+    description:
+      - The same as O(name), for C(module_defaults) of all modules of the collection. O(name) wins over it.
+    type: str
 seealso:
   - module: virtforge.libvirt.storage_pool
 """
@@ -148,11 +151,12 @@ from ..module_utils._names import check_pool
 from ..module_utils._pools.libvirt import Connection
 from ..module_utils._poolstate import report
 
-ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {**_argspec.URI, "name": {"type": "str", "aliases": ["pool"]}}
+ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {**_argspec.URI, "name": {"type": "str"}, "pool": {"type": "str"}}
 
 
 def look(params: t.Mapping[str, t.Any], _check_mode: bool) -> t.Dict[str, t.Any]:
-    name = params["name"]
+    # An alias would win over the option, and so module_defaults over what the task states.
+    name = params["name"] if params["name"] is not None else params["pool"]
     if name is not None:
         check_pool(name, "name")
     respawn_for_pools([name or "all of libvirt"], False)

@@ -107,7 +107,9 @@ options:
   force:
     description:
       - With O(state=present), a volume that exists and differs is replaced by a blank one, and its data is lost.
-      - With O(state=absent), a volume is deleted although others depend on it, which makes them unreadable.
+      - With O(state=absent), a volume is deleted although others depend on it, which makes them unreadable, or although some
+        that may depend on it cannot be read.
+      - A volume that others depend on is not replaced.
       - A volume that is in use is neither replaced nor deleted.
     type: bool
     default: false

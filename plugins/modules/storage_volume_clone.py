@@ -59,6 +59,37 @@ options:
         libvirt knows no vhdx and prints it as raw.
       - Other parameters win over it. Allocation, labels, and elements that libvirt only prints are ignored.
     type: str
+  volumes:
+    description:
+      - Many clones of the one source. The task's other options are defaults for all of them.
+      - The source is read and converted once; what was made first is shared, or copied, by the others. All of them are written
+        out together and get their names together.
+      - A volume that fails does not hinder the others; the task fails in the end, and RV(volumes) says which, and why.
+    type: list
+    elements: dict
+    suboptions:
+      name:
+        description: As O(name).
+        type: str
+        required: true
+      capacity:
+        description: As O(capacity).
+        type: str
+      format:
+        description: As O(format).
+        type: str
+      owner:
+        description: As O(owner).
+        type: str
+      group:
+        description: As O(group).
+        type: str
+      mode:
+        description: As O(mode).
+        type: raw
+      xml:
+        description: As O(xml). The name in it does not count.
+        type: str
   source:
     description:
       - Name of the volume in O(source_pool) to clone.
@@ -108,7 +139,7 @@ options:
   method:
     description:
       - V(auto) shares blocks where it can and copies where not, and says so in RV(volume.fallback_reason).
-      - V(reflink) shares all blocks or fails. V(copy) shares none.
+      - V(reflink) shares all blocks of data or fails. V(copy) shares none.
       - V(libvirt) has libvirt make the clone, for a user who may not write to the pool's directory. It is slower, and
         a libvirtd that is killed leaves an unfinished volume.
     type: str
@@ -128,6 +159,7 @@ options:
   force:
     description:
       - Replace a volume that exists and differs in more than its owner, group, mode, or a smaller capacity.
+      - A volume that others depend on, as their backing store or for their data, or that is in use is not replaced.
     type: bool
     default: false
   owner:
@@ -167,6 +199,16 @@ options:
       - A source that claims to be larger is refused.
     type: str
     default: 64TiB
+  bwlimit:
+    description:
+      - At most so many bytes a second are copied, with the units of O(capacity). The sum for O(volumes).
+      - Blocks that are shared are not copied and do not count.
+    type: str
+  verify:
+    description:
+      - Compare each new volume with the source, as read back from the disk, before it gets its name.
+    type: bool
+    default: false
 seealso:
   - module: community.libvirt.virt_volume
 notes:
@@ -205,6 +247,31 @@ EXAMPLES = r"""
     name: test.raw
     format: raw
 
+- name: The disks of a whole class, in one task
+  virtforge.libvirt.storage_volume_clone:
+    pool: default
+    source: debian-13.qcow2
+    capacity: 40GiB
+    volumes:
+      - name: student1.qcow2
+      - name: student2.qcow2
+      - name: teacher.qcow2
+        capacity: 100GiB
+  register: disks
+
+- name: Where they are
+  ansible.builtin.debug:
+    msg: "{{ disks.volumes | map(attribute='path') }}"
+
+- name: A clone that leaves other guests their share of the disk, compared with its source
+  virtforge.libvirt.storage_volume_clone:
+    pool: isos
+    source_path: /home/anna/netinst.iso
+    name: verified.iso
+    method: copy
+    bwlimit: 50MiB
+    verify: true
+
 - name: The clone that a volume's own XML describes
   virtforge.libvirt.storage_volume_clone:
     pool: fast
@@ -220,14 +287,14 @@ EXAMPLES = r"""
 
 RETURN = r"""
 actions:
-  description: What was done, or would be done. Empty when the volume was as stated.
+  description: What was done, or would be done, to any of the volumes. Empty when all was as stated.
   returned: success
   type: list
   elements: str
   sample: [created]
 volume:
   description: The volume. Sizes are in bytes.
-  returned: success
+  returned: success, without O(volumes)
   type: dict
   contains:
     name:
@@ -346,6 +413,13 @@ volume:
       description: Null.
       type: str
       returned: success
+volumes:
+  description:
+    - The volumes in the order of O(volumes), each as RV(volume).
+    - C(error_code) and C(msg) of one that failed say why. What is not known of it is null.
+  returned: with O(volumes), also on failure
+  type: list
+  elements: dict
 source:
   description: The source with C(pool), C(name), C(path), C(format) and C(capacity).
   returned: success
@@ -357,9 +431,11 @@ source:
     format: qcow2
     capacity: 2147483648
 diff:
-  description: The volume C(before) and C(after), with the values that the task is about.
+  description:
+    - The volume C(before) and C(after), with the values that the task is about.
+    - With O(volumes), a list of these for all that change.
   returned: success
-  type: dict
+  type: raw
 error_code:
   description:
     - Kind of failure, after libvirt's own where it has one.
@@ -374,7 +450,7 @@ error_code:
 import typing as t
 
 from ..module_utils import _argspec
-from ..module_utils._clone import executor, request
+from ..module_utils._clone import executor, many, request
 from ..module_utils._module import Module, respawn_for_pools, run
 
 ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
@@ -382,6 +458,17 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     "pool": {"type": "str", "required": True},
     "name": {"type": "str", "aliases": ["volume"]},
     "xml": {"type": "str"},
+    "volumes": {
+        "type": "list",
+        "elements": "dict",
+        "options": {
+            "name": {"type": "str", "required": True},
+            "capacity": {"type": "str"},
+            "format": {"type": "str"},
+            **_argspec.OWNERSHIP,
+            "xml": {"type": "str"},
+        },
+    },
     "source": {"type": "str", "aliases": ["clone_source", "source_volume"]},
     "source_path": {"type": "path"},
     "source_pool": {"type": "str"},
@@ -403,16 +490,27 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     "source_in_use": {"type": "str", "choices": ["fail", "wait"], "default": "fail"},
     **_argspec.PATIENCE,
     "max_capacity": {"type": "str", "default": "64TiB"},
+    "bwlimit": {"type": "str"},
+    "verify": {"type": "bool", "default": False},
 }
 CONDITIONS: t.Dict[str, t.Any] = {
-    "mutually_exclusive": [["source", "source_path"]],
+    "mutually_exclusive": [["source", "source_path"], ["volumes", "name"], ["volumes", "xml"]],
     "required_one_of": [["source", "source_path"]],
 }
 
 
+def check(params: t.Mapping[str, t.Any], on_host: bool = True) -> t.List[request.Request]:
+    """What the task asks for, or a refusal."""
+    if params["volumes"] is not None:
+        return request.many_from_parameters(params, on_host)
+    return [request.from_parameters(params, on_host)]
+
+
 def clone(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.Any]:
-    respawn_for_pools([params["pool"], params["source_pool"]], params["xml"] is not None)
-    return executor.run(request.from_parameters(params), check_mode)
+    xml = [params["xml"], *(entry["xml"] for entry in params["volumes"] or ())]
+    respawn_for_pools([params["pool"], params["source_pool"]], any(document is not None for document in xml))
+    requests = check(params)
+    return executor.run(requests[0], check_mode) if params["volumes"] is None else many.run(requests, check_mode)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ description:
   - Describes one volume of a pool or all of them, with what lies below each, which other volumes depend on it, and who uses it.
   - What is in the directory counts, whether or not libvirt has listed it yet. Unfinished volumes of this collection, and what
     is no regular file, are left out.
-  - Changes nothing. Only files of the pool, and of the other active pools of the same libvirt, are opened, whatever an image
+  - Changes nothing. Only files of the pool, and of the other file pools of the same libvirt, are opened, whatever an image
     refers to.
 extends_documentation_fragment:
   - virtforge.libvirt.options
@@ -142,9 +142,9 @@ volumes:
           format: qcow2
     dependents:
       description:
-        - Every volume that has it in its backing chain, volumes of the same pool by name.
-        - Volumes of the other active file pools of the same libvirt are known too, unless O(pool) is a directory, and are
-          given by path.
+        - Every volume that has it in its backing chain, or keeps data in it, volumes of the same pool by name.
+        - Volumes of the other file pools of the same libvirt, active or not, are known too, unless O(pool) is a directory, and
+          are given by path.
       type: list
       elements: str
       returned: success

@@ -71,6 +71,22 @@ def test_the_action_group_sets_uri_and_pool_once(libvirt_pool, qcow2, scratch):
     assert "web" in harness.virsh("vol-list", libvirt_pool)
 
 
+def test_a_name_wins_over_the_action_groups_pool(pool, scratch):
+    """The default must not have a task act on another pool than the one it names."""
+    defaults = {"group/virtforge.libvirt.all": {"pool": str(pool / "one")}}
+    for name in ("one", "two"):
+        (pool / name).mkdir()
+    removal = {"name": "Remove", "virtforge.libvirt.storage_pool": {"name": str(pool / "two"), "state": "absent"}}
+    look = {"name": "Look", "virtforge.libvirt.storage_pool_info": {"name": str(pool / "three")}, "register": "found"}
+    empty = {"name": "None", "ansible.builtin.assert": {"that": "found.pools == []"}}
+    status, output = play(scratch, [removal, look, empty], module_defaults=defaults)
+    assert status == 0 and "[WARNING]" not in output, output
+    assert os.listdir(pool) == ["one"]
+    bare = {"name": "Remove", "virtforge.libvirt.storage_pool": {"state": "absent"}}
+    assert play(scratch, [bare], module_defaults=defaults)[0] == 0
+    assert os.listdir(pool) == []
+
+
 def test_check_and_diff(pool, qcow2, scratch):
     status, output = play(scratch, [task(pool=pool, source="base.qcow2", name="web", capacity="1GiB")], "--check", "--diff")
     assert status == 0 and "changed=1" in output, output

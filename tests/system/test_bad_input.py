@@ -87,7 +87,7 @@ XML = "<volume><name>{}</name><capacity unit='{}'>1</capacity></volume>"
         ("UNSAFE_IMAGE", {"source": "outside"}, ["outside", "/etc/hostname", "source_pool"]),
         ("UNSAFE_IMAGE", {"source": "overlay"}, ["overlay", "elsewhere", "source_pool"]),
         ("CORRUPT_IMAGE", {"source": "cut", "format": "raw"}, ["cut"]),
-        ("NO_SUPPORT", {"method": "reflink", "format": "raw"}, ["method", "reflink"]),
+        ("NO_SUPPORT", {"method": "reflink", "format": "vdi"}, ["method", "reflink", "vdi"]),
     ],
 )
 def test_in_a_directory(pool, qcow2, scratch, code, stated, words):

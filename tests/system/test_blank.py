@@ -83,6 +83,31 @@ def test_force_replaces_by_a_blank_volume(either, pool, qcow2):
     assert (pool / "web").stat().st_ino != before
 
 
+@pytest.mark.parametrize("of", [VOLUME, harness.CLONE])
+def test_force_does_not_replace_what_others_depend_on(libvirt_pool, libvirt_pool2, pool, pool2, qcow2, of):
+    before = harness.fingerprint(qcow2)
+    for path in (pool / "web", pool2 / "other"):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", qcow2, "-F", "qcow2", path)
+    stated = {"source": "base.raw", "format": "raw"} if of == harness.CLONE else {"format": "raw", "capacity": "1M"}
+    message = refused("OPERATION_INVALID", of, pool=libvirt_pool, name="base.qcow2", force=True, **stated)
+    assert f"cannot be replaced: 2 volumes depend on it: {pool2 / 'other'}, web" in message
+    assert "web" in refused("OPERATION_INVALID", of, pool=pool, name="base.qcow2", force=True, **stated)
+    assert harness.fingerprint(qcow2) == before
+    (pool / "web").unlink()
+    (pool2 / "other").unlink()
+    assert settle(of, pool=libvirt_pool, name="base.qcow2", force=True, **stated)["actions"] == ["replaced"]
+
+
+def test_clones_that_replace_what_others_depend_on_fail_alone(pool, qcow2):
+    for number in range(3):
+        clone(pool=pool, source="base.qcow2", name=f"web{number}")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", pool / "web1", "-F", "qcow2", pool / "above")
+    params = {"pool": pool, "source": "base.raw", "force": True, "volumes": [{"name": f"web{number}"} for number in range(3)]}
+    result = harness.module(params)
+    assert [volume["error_code"] for volume in result["volumes"]] == [None, "OPERATION_INVALID", None]
+    assert info(pool / "web1", "qcow2")["virtual-size"] == 64 * MIB
+
+
 def test_owner_group_and_mode(either, pool):
     settle(VOLUME, pool=either, name="data", capacity="1M", owner="64055", group="108", mode="0640")
     status = (pool / "data").stat()
@@ -188,7 +213,7 @@ def test_a_volume_in_use_is_neither_grown_nor_replaced(pool):
 
 def test_runs_for_one_volume_make_it_once(pool):
     params = {"pool": pool, "name": "data", "capacity": "1G", "format": "qcow2"}
-    results = [harness.result_of(process) for process in [harness.start(params, module=VOLUME) for _ in range(6)]]
+    results = [harness.result_of(process) for process in [harness.start(params, module=VOLUME) for _run in range(6)]]
     assert sorted(result["actions"] for result in results) == [[]] * 5 + [["created"]]
 
 

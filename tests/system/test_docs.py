@@ -70,6 +70,9 @@ class Device:
 
     def __init__(self, scratch, name):
         self.link, self.image = Path(name), scratch / f"{os.path.basename(name)}.img"
+        if self.link.is_symlink() and os.readlink(self.link).startswith("/dev/loop"):
+            # Left by a run that was killed: /dev is the machine's own.
+            self.link.unlink()
         self.made = [place for place in self.link.parents if not place.exists()]
         self.link.parent.mkdir(parents=True, exist_ok=True)
         with open(self.image, "wb") as file:

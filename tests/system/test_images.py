@@ -24,8 +24,8 @@ def test_each_layout_becomes_raw_and_qcow2(gallery, pool, name, target):
     assert same_content(place / "disk.raw", "raw", pool / "web", target)
     assert result["volume"]["capacity"] == 160 * MIB
     assert result["source"]["format"] == formats[name]
-    # The disk holds under 40 MiB.
-    assert harness.allocated(pool / "web") < 64 * MIB
+    # The disk holds under 40 MiB; zeros that were written are shared like all else, or left out.
+    assert result["volume"]["shared"] or harness.allocated(pool / "web") < 64 * MIB
 
 
 @pytest.mark.parametrize("target", images.OTHERS)

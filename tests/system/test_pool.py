@@ -55,6 +55,9 @@ def tree(params):
         return None
     while not path.is_dir():
         path = path.parent
+    if path == path.parent:
+        # Others of this machine write below the root all the time.
+        return None
     status = path.stat()
     return path, status.st_mode, status.st_uid, status.st_gid, status.st_ctime_ns, harness.listing(path)
 
@@ -165,6 +168,22 @@ def test_only_a_directory_itself_is_removed(place):
     assert sorted(os.listdir(place)) == ["file", "link", "real"]
 
 
+def test_a_mount_point_is_not_removed(place):
+    run("mount", "-t", "tmpfs", "none", place)
+    try:
+        refused("INVALID_ARG", place, "mount point", name=str(place), state="absent")
+    finally:
+        run("umount", place)
+    (place / "a").mkdir()
+    (place / "b c").mkdir()
+    # Of the same file system, and with a blank, which the kernel's list of mounts escapes.
+    run("mount", "--bind", place / "a", place / "b c")
+    try:
+        refused("INVALID_ARG", place / "b c", "mount point", name=str(place / "b c"), state="absent")
+    finally:
+        run("umount", place / "b c")
+
+
 @pytest.mark.parametrize(
     "stated, words",
     [
@@ -206,7 +225,8 @@ def test_a_dir_pool_through_its_life(libvirtd, place):
     assert facts("images") == STOPPED
     assert owner(path) == (0, 0, 0o711)
     assert result["diff"]["after"] == {
-        **{"name": "images", "type": "dir", "state": "inactive", "autostart": False, "target_path": path, "mode": "0711"}
+        **{"name": "images", "type": "dir", "state": "inactive", "autostart": False, "persistent": True},
+        **{"target_path": path, "mode": "0711"},
     }
     uuid = result["pool"]["uuid"]
     # Started.
@@ -286,6 +306,10 @@ def test_a_transient_pool(libvirtd, place):
     virsh("pool-create-as", "passing", "dir", "--target", place)
     settle(["defined", "stopped"], name="passing", state="inactive")
     assert facts("passing") == STOPPED
+    virsh("pool-undefine", "passing")
+    virsh("pool-create-as", "passing", "dir", "--target", place)
+    diff = settle(["defined"], name="passing")["diff"]
+    assert (diff["before"]["persistent"], diff["after"]["persistent"]) == (False, True)
 
 
 def test_a_definition_that_was_changed_behind_a_running_pool(libvirtd, place):
@@ -340,6 +364,47 @@ def test_an_fs_pool_through_its_life(libvirtd, place, device, image_format, size
     # Defined again, with the data that it had.
     settle(["defined", "started"], **{**params, "target_path": other}, build=True)
     assert (place / "elsewhere" / "volume").read_text() == "data"
+
+
+def test_a_pool_whose_file_system_died_is_stopped_and_removed(libvirtd, place, device):
+    path = str(place / "mnt")
+    params = {"name": "fast", "type": "fs", "target_path": path}
+    params["pool_source"] = {"devices": [device(320 * MIB)], "format": "xfs"}
+    for stated, actions in (
+        ({"name": "fast", "state": "inactive"}, ["stopped"]),
+        ({**params, "mode": "0711", "state": "inactive"}, ["stopped"]),
+        ({"name": "fast", "state": "absent"}, ["stopped", "undefined"]),
+    ):
+        assert not module({**params, "build": True}, module=POOL).get("failed")
+        run("xfs_io", "-x", "-c", "shutdown", path)
+        with pytest.raises(OSError):
+            os.stat(path)
+        for check in (True, False):
+            result = module({**params, "build": True}, check=check, module=POOL)
+            assert (result.get("error_code"), path in result["msg"]) == ("IO_ERROR", True), result
+            result = module(stated, check=check, module=POOL)
+            assert result.get("actions") == actions, result
+        assert path not in run("findmnt", "-rn", "-o", "TARGET").split()
+    assert names() == []
+
+
+def test_a_path_with_a_symbolic_link_in_it_is_not_mounted_on(libvirtd, place, device):
+    disk = device()
+    (place / "real").mkdir()
+    (place / "link").symlink_to(place / "real")
+    params = {"name": "fast", "type": "fs", "pool_source": {"devices": [disk], "format": "ext4"}, "build": True}
+    for path in (place / "link", place / "link" / "below"):
+        real = str(path).replace("link", "real")
+        refused("INVALID_ARG", "target_path", path, real, **params, target_path=str(path))
+    run("mkfs.ext4", "-q", disk)
+    virsh("pool-define-as", "fast", "fs", "--source-dev", disk, "--target", place / "link")
+    virsh("pool-start", "fast")
+    try:
+        for state in ("inactive", "absent"):
+            refused("OPERATION_INVALID", "fast", place / "real", "unmount it first", name="fast", state=state)
+    finally:
+        run("umount", place / "real")
+    settle(["stopped", "undefined"], name="fast", state="absent")
 
 
 def test_a_btrfs_is_taken_without_a_format(libvirtd, place, device):
@@ -456,9 +521,7 @@ def test_a_device_that_is_in_use_is_never_formatted(libvirtd, place, device):
     run("mount", "-o", "ro", disk, place / "mounted")
     try:
         with open(disk, "r+b") as file:
-            file.write(bytes(MIB))
-            file.seek(-MIB, os.SEEK_END)
-            file.write(bytes(MIB))
+            file.write(bytes(32 * MIB))
             file.flush()
             os.fsync(file.fileno())
         source = {"devices": [disk], "format": "ext4"}
@@ -466,6 +529,35 @@ def test_a_device_that_is_in_use_is_never_formatted(libvirtd, place, device):
         refused("IN_USE", disk, "mounted", **params, pool_source=source)
     finally:
         run("umount", "-l", place / "mounted")
+
+
+def test_a_device_that_a_process_has_open_is_never_formatted(libvirtd, place, device):
+    disk = device()
+    source = {"devices": [disk], "format": "ext4"}
+    params = {"name": "fast", "type": "fs", "target_path": str(place / "mnt"), "build": True}
+    with open(disk, "rb"):
+        refused("IN_USE", disk, f"pid {os.getpid()}", **params, pool_source=source)
+    assert Path(disk).read_bytes() == bytes(32 * MIB) and os.listdir(place) == []
+
+
+def test_a_device_that_a_domain_has_as_a_disk_is_never_formatted(libvirtd, place, device):
+    """By another node, too, such as one in another place."""
+    disk = device()
+    node = place / "node"
+    os.mknod(node, 0o60600, os.stat(disk).st_rdev)
+    document = """<domain type='qemu'><name>by-node</name><memory unit='MiB'>64</memory>
+    <os><type arch='x86_64' machine='pc'>hvm</type></os><devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{}'/>
+    <target dev='vda' bus='virtio'/></disk></devices></domain>"""
+    (place / "domain.xml").write_text(document.format(node))
+    virsh("create", place / "domain.xml", "--paused")
+    source = {"devices": [disk], "format": "ext4"}
+    params = {"name": "fast", "type": "fs", "target_path": str(place / "mnt"), "build": True}
+    try:
+        refused("IN_USE", disk, "domain 'by-node'", **params, pool_source=source)
+    finally:
+        virsh("destroy", "by-node")
+    assert sorted(os.listdir(place)) == ["domain.xml", "node"]
 
 
 def test_a_missing_device(libvirtd, place):
@@ -597,6 +689,13 @@ def test_another_uuid_is_another_pool(libvirtd, place):
     assert settle(["created", "defined", "started"], xml=document)["pool"]["uuid"] == one
     settle([], xml=document.replace(one, one.replace("-", "")))
     refused("DIFFERS", "images", one, two, "state=absent", xml=document.replace(one, two))
+    other = document.replace("<name>images", "<name>other").replace(path, str(place / "other"))
+    refused("OPERATION_INVALID", one, "'images'", xml=other)
+
+
+def test_a_name_is_as_long_as_libvirt_can_store(libvirtd, place):
+    settle(["defined", "started"], name="x" * 247, type="dir", target_path=str(place))
+    refused("INVALID_ARG", "name", "248", "247", name="x" * 248, type="dir", target_path=str(place))
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------

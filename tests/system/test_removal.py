@@ -66,7 +66,8 @@ def test_a_pool_that_is_not_active_cannot_be_told_of(libvirt_pool, pool, raw):
     assert libvirt_pool in result["msg"] and "active" in result["msg"]
     result = module({"pool": libvirt_pool, "name": "base.raw", **ABSENT}, check=True, module=VOLUME)
     assert not result["changed"]
-    assert any("not active" in warning for warning in warnings(result))
+    (warning,) = warnings(result)
+    assert "not active" in warning and "fails unless an earlier task starts the pool" in warning
     assert raw.exists()
 
 
@@ -151,20 +152,65 @@ def test_a_dependent_in_another_pool_of_libvirt(libvirt_pool, libvirt_pool2, poo
     assert settle(VOLUME, pool=libvirt_pool, name="base.qcow2", **ABSENT)["changed"]
 
 
-def test_what_cannot_be_read_may_depend_on_it(libvirt_pool, pool, qcow2, scratch):
+def test_where_an_image_keeps_its_data_is_kept(either, pool, pool2):
+    """A data file of a qcow2 image, and the extent of a vmdk."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={pool / 'data'},data_file_raw=on", pool / "web", "1M")
+    run("qemu-img", "create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", pool / "parts.vmdk", "1M")
+    for name, above in (("data", "web"), ("parts-flat.vmdk", "parts.vmdk")):
+        message = refused("OPERATION_INVALID", VOLUME, pool=either, name=name, **ABSENT)
+        assert f"1 volume depends on it: {above};" in message
+        assert clone("storage_volume_info", pool=either, name=name)["volumes"][0]["dependents"] == [above]
+        for last in (above, name):
+            assert settle(VOLUME, pool=either, name=last, **ABSENT)["changed"]
+
+
+def test_a_dependent_in_a_pool_that_is_not_active(libvirt_pool, libvirt_pool2, pool, pool2, qcow2):
+    overlay(pool2 / "web", qcow2)
+    virsh("pool-destroy", libvirt_pool2)
+    message = refused("OPERATION_INVALID", VOLUME, pool=libvirt_pool, name="base.qcow2", **ABSENT)
+    assert str(pool2 / "web") in message
+
+
+def test_a_pool_whose_file_system_is_not_mounted_is_warned_of(libvirt_pool, pool, qcow2, scratch, small_file_system):
+    place = scratch / "unmounted"
+    place.mkdir()
+    virsh("pool-define-as", "unmounted", "fs", "--source-dev", "/dev/nowhere", "--target", place)
+    try:
+        (warning,) = warnings(settle(VOLUME, pool=libvirt_pool, name="base.raw", **ABSENT))
+        assert "'base.raw'" in warning and "pool 'unmounted'" in warning
+        # Mounted by somebody else than libvirt.
+        run("mount", "--bind", small_file_system("ext4", 24 * MIB), place)
+        overlay(place / "web", qcow2)
+        assert str(place / "web") in refused("OPERATION_INVALID", VOLUME, pool=libvirt_pool, name="base.qcow2", **ABSENT)
+    finally:
+        subprocess.run(["umount", str(place)], check=False)
+        remove_pool("unmounted")
+
+
+def test_what_cannot_be_read_may_depend_on_it(either, pool, qcow2):
     (pool / "cut").write_bytes(qcow2.read_bytes()[:70])
+    message = refused("OPERATION_INVALID", VOLUME, pool=either, name="base.raw", **ABSENT)
+    assert "'base.raw'" in message and "cannot be told of cut;" in message and "force" in message
+    (warning,) = warnings(settle(VOLUME, pool=either, name="base.raw", force=True, **ABSENT))
+    assert "'base.raw'" in warning and "cannot be told of cut" in warning
+    # It can itself be deleted.
+    assert settle(VOLUME, pool=either, name="cut", **ABSENT)["volume"]["error_code"] == "CORRUPT_IMAGE"
+
+
+def test_a_pool_that_cannot_be_looked_into_is_warned_of(libvirt_pool, pool, raw, scratch):
     place = scratch / "gone"
     place.mkdir()
     make_pool("gone", place)
     place.rmdir()
     try:
-        result = settle(VOLUME, pool=libvirt_pool, name="base.raw", **ABSENT)
+        (warning,) = warnings(settle(VOLUME, pool=libvirt_pool, name="base.raw", **ABSENT))
     finally:
         remove_pool("gone")
-    (warning,) = warnings(result)
-    assert "'base.raw'" in warning and "cut" in warning and "'gone'" in warning
-    # It can itself be deleted.
-    assert settle(VOLUME, pool=libvirt_pool, name="cut", **ABSENT)["volume"]["error_code"] == "CORRUPT_IMAGE"
+    assert "'base.raw'" in warning and "pool 'gone'" in warning
+
+
+def test_a_connection_that_has_no_domains(libvirt_pool, pool, raw):
+    assert settle(VOLUME, uri="storage:///system", pool=libvirt_pool, name="base.raw", **ABSENT)["changed"]
 
 
 # --- in use ---------------------------------------------------------------------------------------------------------------

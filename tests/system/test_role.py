@@ -147,6 +147,8 @@ def test_flat_variables_say_the_same_as_the_lists(pool, qcow2):
         "storage_clone_names": "web1.raw\nweb2.raw\n\n",
         "storage_clone_format": "raw",
         "storage_clone_capacity": "1GiB",
+        "storage_clone_owner": "games",
+        "storage_clone_mode": "0640",
         # what a form sends for a field that was left empty
         "storage_pool_type": "",
         "storage_pool_path": "",
@@ -155,7 +157,8 @@ def test_flat_variables_say_the_same_as_the_lists(pool, qcow2):
     }
     assert settle(CLONES, *variables(**flat)) == 2
     assert sorted(os.listdir(pool / "vms")) == ["web1.raw", "web2.raw"]
-    assert os.stat(pool / "vms" / "web1.raw").st_size == GIB
+    status = os.stat(pool / "vms" / "web1.raw")
+    assert (status.st_size, status.st_uid, status.st_mode & 0o7777) == (GIB, 5, 0o640)
     assert settle(TEARDOWN, *variables(**flat), *UNSAFE) == 2
     assert not (pool / "vms").exists()
 
@@ -168,6 +171,42 @@ def test_a_flat_pool_of_libvirt(libvirtd, pool, qcow2):
     finally:
         harness.virsh_status("pool-destroy", "flat")
         harness.virsh_status("pool-undefine", "flat")
+
+
+def test_teardown_needs_no_more_than_the_pool_and_the_names(pool, qcow2):
+    assert settle(CLONES, *variables(pool=str(pool), source="base.qcow2", names="a\nb")) == 1
+    stated = variables(pool=str(pool), names="a\nb\n")
+    status, output = ansible_playbook(TEARDOWN, *stated)
+    assert status == 2 and "Teardown would remove a, b, which storage_safe_mode forbids" in output, output
+    assert settle(TEARDOWN, *stated, *UNSAFE) == 1
+    assert sorted(os.listdir(pool)) == ["base.qcow2", "base.raw"]
+
+
+def test_a_form_leaves_alone_what_the_inventory_declares(pool, qcow2, scratch):
+    inventory = scratch / "declared.yml"
+    here = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"}
+    nightly = {"storage_clones": [{"pool": str(pool), "name": "nightly", "source": "base.qcow2"}]}
+    inventory.write_text(yaml.safe_dump({"all": {"hosts": {"localhost": {**here, **nightly}}}}))
+    host = ["-i", inventory]
+    assert settle(CLONES, *host) == 1
+    form = variables(pool=str(pool), source="base.qcow2", volume="mine")
+    assert settle(CLONES, *host, *form) == 1
+    assert settle(TEARDOWN, *host, *form, *UNSAFE) == 1
+    assert sorted(os.listdir(pool)) == ["base.qcow2", "base.raw", "nightly"]
+    assert settle(TEARDOWN, *host, *UNSAFE) == 1
+
+
+@pytest.mark.parametrize(
+    "stated, word",
+    [
+        ({"pool": "/p", "volume": "z"}, "storage_clone_names: what to clone is not stated"),
+        ({"storage_pool_path": "/p"}, "storage_pool_path: the pool is not named"),
+        ({"storage_clone_names": "a", "storage_clone_source": "b"}, "storage_clone_names: their pool is not stated"),
+    ],
+)
+def test_a_form_that_is_filled_in_by_half_is_refused(stated, word):
+    status, output = ansible_playbook(CLONES, *variables(**stated))
+    assert status == 2 and word in output, output
 
 
 def test_teardown_wants_a_name_for_each_clone(pool, qcow2):

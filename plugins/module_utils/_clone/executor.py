@@ -9,6 +9,7 @@ Promise: killed anywhere, the target is absent (or the old one) or complete; any
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import typing as t
@@ -20,7 +21,7 @@ from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.qemu_img import Layer
 from .._pools.libvirt import LibvirtPool
-from .._transfer import file_copy, guards, locks, staging
+from .._transfer import file_copy, guards, locks, pace, staging
 from . import planner, result
 from .facts import Scene
 from .planner import Create, Facts, Grow, Ownership, Plan, SetPermissions
@@ -29,6 +30,8 @@ from .request import Request
 # Each round means that the world changed after we had looked: another host or user published the name, or the source was
 # waited for; then all is judged again.
 _ROUNDS = 5
+# Bytes of a source in the page cache that are not worth keeping: its header, and what readahead took along.
+_COLD = 32 << 20
 
 
 @dataclass
@@ -50,7 +53,7 @@ def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
         plan: t.Optional[Plan] = None
         transfer: t.Optional[Transfer] = None
         try:
-            facts, plan = _judge(scene, facts)
+            facts, plan = judge(scene, facts)
         except CloneError as exc:
             # Whoever has it open may be another run, which is waited for under the lock; then all is judged again.
             if check_mode or exc.code != "IN_USE":
@@ -62,7 +65,7 @@ def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
         return result.build(scene, facts, plan, transfer, time.monotonic() - started)
 
 
-def _judge(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan]:
+def judge(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan]:
     while True:
         try:
             return facts, planner.plan(scene.request, facts)
@@ -73,7 +76,7 @@ def _judge(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan]:
 def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Transfer]]:
     request = scene.request
     target = locks.key(os.fstat(scene.pool.fd), facts.name)
-    sources = [locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers]
+    sources = source_locks(scene)
     waiting = scene.deadline.sooner(request.lock_timeout, "lock_timeout")
     # While we wait, whoever has the lock must not take us for a user of its target.
     scene.close_files()
@@ -81,14 +84,14 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
         scene.locked = True
         for _round in range(_ROUNDS):
             # What another run did while we waited for the lock counts.
-            facts, plan = _judge(scene, scene.gather())
+            facts, plan = judge(scene, scene.gather())
             if facts.source_writers and any(isinstance(step, Create) for step in plan.steps):
-                _wait_for_source(scene)
+                wait_for_source(scene)
                 continue
             try:
                 transfer = None
                 for step in plan.steps:
-                    done = _carry_out(scene, facts, step)
+                    done = carry_out(scene, facts, step)
                     transfer = done or transfer
                 return facts, plan, transfer
             except FileExistsError:
@@ -98,14 +101,19 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
     raise CloneError("STORAGE_VOL_EXIST", f"volume {facts.name!r} of pool {request.pool!r} comes and goes while it is made")
 
 
-def _wait_for_source(scene: Scene) -> None:
+def source_locks(scene: Scene) -> t.List[str]:
+    """Names of the locks of the source and all below it."""
+    return [locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers]
+
+
+def wait_for_source(scene: Scene) -> None:
     scene.deadline.wait_for(
         lambda: not any(guards.writers(image.fd) for image in scene.layers),
         f"waiting for the writers of {scene.layers[0].what}",
     )
 
 
-def _carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Transfer]:
+def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Transfer]:
     if isinstance(step, Create):
         return _create_by_libvirt(scene, facts, step) if step.route == "libvirt" else _create(scene, facts, step)
     if isinstance(step, Grow):
@@ -127,24 +135,33 @@ def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
             scene.deadline.check(f"making {what}")
             hold.check()
 
+        transfer = fill(scene, step, staged, what, watch)
         try:
-            if step.nocow is not None:
-                staging.set_nocow(staged.fd, step.nocow)
-            fill = {"copy": _copy, "convert": _convert, "blank": _leave_blank}[step.route]
-            transfer = fill(scene, step, staged.fd, what, watch)
-            _expect_capacity(staged.fd, step, what)
-            staged.own(*_ownership(step.owner))
             watch()
             os.fsync(staged.fd)
             hold.finish()
             if step.replaces:
-                # Somebody may have begun to use the old one while the new one was made.
-                _refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
+                refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
             staged.publish(facts.name, step.replaces)
         except FileExistsError:
             raise
         except (OSError, CloneError) as exc:
             raise _failed(scene, step, staged.fd, exc, f"writing {what}") from exc
+    return transfer
+
+
+def fill(scene: Scene, step: Create, staged: staging.Staging, what: str, watch: t.Callable[[], None]) -> t.Optional[Transfer]:
+    """Make the staged file the volume that ``step`` describes; all it lacks is to be durable, and its name."""
+    try:
+        if step.nocow is not None:
+            staging.set_nocow(staged.fd, step.nocow)
+        transfer = {"copy": _copy, "convert": _convert, "blank": _leave_blank}[step.route](scene, step, staged.fd, what, watch)
+        _expect_capacity(staged.fd, step, what)
+        if scene.request.verify and scene.layers:
+            _verify(scene, step, staged.fd, what, watch)
+        staged.own(*_ownership(step.owner))
+    except (OSError, CloneError) as exc:
+        raise _failed(scene, step, staged.fd, exc, f"writing {what}") from exc
     return transfer
 
 
@@ -166,31 +183,36 @@ def _ownership(owner: Ownership) -> t.Tuple[int, int, int, t.Optional[str]]:
 
 def _copy(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> Transfer:
     """The file as it is, then grown: keeps snapshots, bitmaps and compressed clusters."""
-    source = scene.layers[0]
-    method = scene.request.method
+    source = scene.donor or scene.layers[0]
     if step.nocow is None:
         _match_nocow(source.fd, target)
-    if method == "copy":
-        reason: t.Optional[str] = "method is copy"
-    elif source.block:
-        reason = "the source is a block device"
-    else:
-        reason = file_copy.share(source.fd, target)
+    reason = step.unshared or file_copy.share(source.fd, target)
     if reason is not None:
-        if method == "reflink":
-            raise CloneError("NO_SUPPORT", f"method=reflink is not possible for {what}: {reason}")
-        if scene.space_needed(step) > scene.pool.available():
-            raise CloneError("NO_SPACE", f"writing {what} is not possible: {reason}, and the pool has no space for all of it")
+        _refuse_unshared(scene, step, what, reason)
         length = guards.length(source.fd)
         if source.image.format == "raw":
             length = min(length, step.capacity)
-        file_copy.copy(source.fd, target, length, watch)
+        file_copy.copy(source.fd, target, length, watch, scene.rate)
     if step.format == "raw":
-        os.ftruncate(target, step.capacity)
+        _set_length(target, step.capacity)
         file_copy.preallocate(target, 0, step.capacity, step.preallocation, watch)
     elif step.capacity > source.image.capacity:
         _grow_image(scene, source.image, [Layer(target, step.format)], step, what, watch)
-    return Transfer("copy" if reason else "reflink", reason if method != "copy" else None)
+    return Transfer("copy" if reason else "reflink", reason if scene.request.method != "copy" else None)
+
+
+def _set_length(fd: int, length: int) -> None:
+    # A file that is set to the length it has gets its last, partial block anew on XFS, and shares it no more.
+    if os.fstat(fd).st_size != length:
+        os.ftruncate(fd, length)
+
+
+def _refuse_unshared(scene: Scene, step: Create, what: str, reason: str) -> None:
+    """Only trying it tells that blocks cannot be shared; the plan took it that they can."""
+    if scene.request.method == "reflink":
+        raise CloneError("NO_SUPPORT", f"method=reflink is not possible for {what}: {reason}")
+    if not step.unshared and scene.space_needed(step) > scene.pool.available():
+        raise CloneError("NO_SPACE", f"writing {what} is not possible: {reason}, and the pool has no space for all of it")
 
 
 def _match_nocow(source: int, target: int) -> None:
@@ -203,26 +225,65 @@ def _match_nocow(source: int, target: int) -> None:
 
 
 def _convert(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> Transfer:
-    """Another format, other options, or a chain that becomes one image: written by qemu-img."""
-    source = scene.layers[0].image
-    layers = [image.layer for image in scene.layers]
-    if step.capacity < source.capacity:
-        # Only raw sources are shrunk, and only where nothing but zeros is cut off.
-        layers = [Layer(layers[0].fd, "raw", layers[0].block, probe.round_capacity(step.format, step.capacity))]
+    """Another format, other options, or a chain that becomes one image: written by qemu-img, sharing blocks where it can."""
     into = Layer(target, step.format)
+    reason = step.unshared
+    clusters = [features.cluster_size for features in (step.qcow2, *(image.image.qcow2 for image in scene.layers)) if features]
+    if reason is None and clusters and min(clusters) < file_copy.block_size(target):
+        # The kernel would copy them one by one, and zeros along with them.
+        reason = f"clusters of {min(clusters)} bytes are smaller than a block of the file system"
+    if reason is None:
+        if step.nocow is None:
+            _match_nocow(scene.layers[0].fd, target)
+        reason = next(filter(None, (file_copy.sharing_refused(image.fd, target) for image in scene.layers)), None)
+    if reason is not None:
+        _refuse_unshared(scene, step, what, reason)
     options = qemu_img.creation_options(step.format, step.qcow2, step.preallocation)
     names = {image.fd: image.what for image in scene.layers}
     names[target] = what
-    same_capacity = step.capacity == probe.round_capacity(step.format, min(source.capacity, step.capacity))
-    exists = step.format == "raw" or not same_capacity
+    source = scene.layers[0].image
+    # Raw: made by us. Another capacity: "convert" has no option for it.
+    exists = step.format == "raw" or step.capacity != probe.round_capacity(step.format, min(source.capacity, step.capacity))
     if exists:
         _leave_blank(scene, step, target, what, watch)
-    doing = f"converting {scene.layers[0].what}"
+    arguments = qemu_img.convert(_layers(scene, step), into, options, exists, share=reason is None, bwlimit=scene.rate.limit)
     limit = step.capacity + step.capacity // 4 + (128 << 20)
-    scene.qemu.run(qemu_img.convert(layers, into, options, exists), names, doing, watch, file_limit=limit)
+    hot = [image.fd for image in scene.layers if pace.resident(image.fd, 0, guards.length(image.fd)) > _COLD]
+    scene.qemu.run(arguments, names, f"converting {scene.layers[0].what}", watch, file_limit=limit)
     if step.format == "raw":
-        os.ftruncate(target, step.capacity)
-    return Transfer("convert", f"{'flattening' if len(scene.layers) > 1 else 'a conversion'} writes new blocks")
+        _set_length(target, step.capacity)
+    if reason is None:
+        reason = _not_shared(scene, into, what, watch)
+    else:
+        os.fsync(target)
+        for fd in (target, *(image.fd for image in scene.layers if image.fd not in hot)):
+            pace.forget(fd)
+    return Transfer("convert", reason if scene.request.method != "copy" else None)
+
+
+def _layers(scene: Scene, step: Create) -> t.List[Layer]:
+    """The source as far as it is cloned: only raw ones are shrunk, and only where nothing but zeros is cut off."""
+    layers = [image.layer for image in scene.layers]
+    if step.capacity < scene.layers[0].image.capacity:
+        layers = [Layer(layers[0].fd, "raw", layers[0].block, probe.round_capacity(step.format, step.capacity))]
+    return layers
+
+
+def _not_shared(scene: Scene, target: Layer, what: str, watch: t.Callable[[], None]) -> t.Optional[str]:
+    """Why a conversion that should have shared all blocks has not: compressed clusters, for one, have none to share."""
+    if scene.request.method != "reflink":
+        return (
+            None if file_copy.shares_blocks(target.fd) is not False else "none of the source's data lies in blocks of its own"
+        )
+    # What qemu-img wrote besides the data, the tables of a qcow2 image, is always new.
+    out = scene.qemu.run(qemu_img.data_map(target), {target.fd: what}, f"looking at {what}", watch)[1]
+    data = [(part["offset"], part["offset"] + part["length"]) for part in json.loads(out) if part["data"] and not part["zero"]]
+    missing = file_copy.unshared(target.fd, data)
+    if missing >= file_copy.block_size(target.fd):
+        raise CloneError(
+            "NO_SUPPORT", f"method=reflink is not possible for {what}: {missing} bytes of data could not be shared"
+        )
+    return None
 
 
 def _leave_blank(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> None:
@@ -235,6 +296,17 @@ def _leave_blank(scene: Scene, step: Create, target: int, what: str, watch: t.Ca
         scene.qemu.run(
             qemu_img.create(Layer(target, step.format), options, step.capacity), {target: what}, f"making {what}", watch
         )
+
+
+def _verify(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> None:
+    """Compare what is on the disk, not what is in the page cache."""
+    os.fsync(target)
+    pace.forget(target)
+    names = {image.fd: image.what for image in scene.layers}
+    names[target] = what
+    arguments = qemu_img.compare(_layers(scene, step), [Layer(target, step.format)])
+    if scene.qemu.run(arguments, names, f"comparing {what} with its source", watch, accept=(0, 1))[0]:
+        raise CloneError("IO_ERROR", f"verify: {what} does not read as {scene.layers[0].what} does")
 
 
 def _expect_capacity(target: int, step: Create, what: str) -> None:
@@ -266,7 +338,8 @@ def _grow_image(
     scene.qemu.run(qemu_img.resize(layers, step.capacity, step.preallocation), names, f"growing {what}", watch)
 
 
-def _refuse_in_use(scene: Scene, name: str, doing: str) -> None:
+def refuse_in_use(scene: Scene, name: str, doing: str) -> None:
+    """For the last moment: somebody may have begun to use the target while the new one was made."""
     why = scene.target_in_use(name)
     if why:
         raise CloneError("IN_USE", f"{doing}: {why}")
@@ -319,7 +392,7 @@ def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
     if step.format == "raw":
         # For the other formats qemu-img does it.
         guards.claim(scene.target_fd)
-    _refuse_in_use(scene, facts.name, f"{what} cannot be grown")
+    refuse_in_use(scene, facts.name, f"{what} cannot be grown")
     fd = os.open(facts.name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=scene.pool.fd)
     try:
         status = os.fstat(fd)

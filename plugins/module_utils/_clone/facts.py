@@ -16,6 +16,7 @@ import os
 import stat
 import time
 import typing as t
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from .. import _xml
@@ -27,7 +28,10 @@ from .._images.qemu_img import Layer, QemuImg
 from .._pools.directory import DirectoryPool, kind_of
 from .._pools.libvirt import Connection, LibvirtPool
 from .._transfer import file_copy, guards, staging
-from .planner import Create, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
+from .._transfer.pace import Rate
+from .._volumes.inventory import Inventory
+from . import planner
+from .planner import Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
 from .request import Request, made_up_name
 
 #: More images below a source than this are refused.
@@ -38,6 +42,8 @@ _BTRFS = 0x9123683E
 # Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment; on a busy host, where many
 # runs start at once, for more than one.
 _MOMENT, _LONG_MOMENT = 1.0, 4.0
+# Facts that are the same for all clones of a source.
+_OF_THE_SOURCE = ("source_writers", "source_corrupt", "unshareable")
 
 
 @dataclass
@@ -57,35 +63,47 @@ class OpenImage:
 
 
 class Scene:
-    """What one clone has to do with. Open it, :meth:`gather`, :meth:`answer` what the planner asks, and close it."""
+    """What one clone has to do with. Open it, :meth:`gather`, :meth:`answer` what the planner asks, and close it.
 
-    def __init__(self, request: Request, check_mode: bool) -> None:
+    :param first: the scene of another clone of the same source in the same pool, which owns the source, the pools and the
+        connection, and is closed last
+    """
+
+    def __init__(self, request: Request, check_mode: bool, first: t.Optional[Scene] = None) -> None:
         self.request = request
         self.check_mode = check_mode
+        self._first = first
         #: whether the target is locked, so that this is the last look at it
         self.locked = False
-        #: when the whole task has to be over
-        self.deadline = Deadline(request.timeout, "timeout")
-        self.qemu = QemuImg()
-        self.layers: t.List[OpenImage] = []
+        #: a volume just made whose file is copied in place of the source
+        self.donor: t.Optional[OpenImage] = None
         self.target_fd = -1
         #: what lies below the target, once somebody asked
         self.target_below: t.List[OpenImage] = []
-        self._connection = Connection(request.uri)
-        self._pools: t.Dict[str, DirectoryPool] = {}
-        self._missing: t.Dict[str, str] = {}
+        #: when the whole task has to be over
+        self.deadline: Deadline = first.deadline if first else Deadline(request.timeout, "timeout")
+        self.rate: Rate = first.rate if first else Rate(request.bwlimit)
+        self.qemu: QemuImg = first.qemu if first else QemuImg()
+        self.layers: t.List[OpenImage] = first.layers if first else []
+        #: what is known of the source, the same for all clones of it
+        self.told: t.Dict[t.Any, t.Any] = first.told if first else {}
+        self._connection: Connection = first._connection if first else Connection(request.uri)
+        self._pools: t.Dict[str, DirectoryPool] = first._pools if first else {}
+        self._missing: t.Dict[str, str] = first._missing if first else {}
 
     def close(self) -> None:
         self.close_files()
-        for pool in self._pools.values():
-            pool.close()
-        self._connection.close()
+        if self._first is None:
+            for pool in self._pools.values():
+                pool.close()
+            self._connection.close()
 
     def close_files(self) -> None:
-        """Let go of every image; :meth:`gather` opens them again."""
-        for opened in (self.layers, self.target_below):
-            while opened:
-                os.close(opened.pop().fd)
+        """Let go of every image that is this scene's own; :meth:`gather` opens them again."""
+        if self._first is None:
+            _close_all(self.layers)
+            self.told.clear()
+        _close_all(self.target_below)
         if self.target_fd >= 0:
             os.close(self.target_fd)
             self.target_fd = -1
@@ -118,14 +136,21 @@ class Scene:
 
     # --- facts ----------------------------------------------------------------------------------------------------------
 
-    def gather(self) -> Facts:
-        """The facts that every plan needs."""
+    def open_source(self) -> SourceFacts:
+        """Open the pools and the source anew."""
         request = self.request
         self.close_files()
         self._open_pool(request.pool)
         if request.source is not None or request.source_pool is not None:
             self._open_pool(request.effective_source_pool)
-        source = self._source()
+        self.told["source"] = self._source()
+        return t.cast(SourceFacts, self.told["source"])
+
+    def gather(self) -> Facts:
+        """The facts that every plan needs."""
+        request = self.request
+        self.close_files()
+        source = self.open_source() if self._first is None else self.told["source"]
         name = request.name or made_up_name(
             request.source_name, target_format(request, source.image), source.image.format if source.image else None
         )
@@ -265,7 +290,7 @@ class Scene:
             image = self._add_layer(layers, fd, what, path, block, recorded or "raw")
             if image.unclean:
                 raise CloneError("CORRUPT_IMAGE", f"{what} is marked {image.unclean}: run qemu-img check on it first")
-            if image.data_file or image.encrypted:
+            if image.data_file is not None or image.encrypted:
                 raise CloneError("UNSAFE_IMAGE", f"{what} is encrypted or keeps its data in another file")
 
     def target_layers(self, image: Image) -> t.List[Layer]:
@@ -380,6 +405,7 @@ class Scene:
             "source_writers": self._source_writers,
             "source_corrupt": self._source_corrupt,
             "target_users": lambda: self._target_users(facts),
+            "target_dependents": lambda: self._target_dependents(facts),
             "data_beyond": self._data_beyond,
             "content_equal": lambda: self._content_equal(t.cast(Image, facts.target.image)),
             "space_missing": lambda: self._space_missing(t.cast(Create, asked.draft)),
@@ -387,6 +413,10 @@ class Scene:
             "target_chain": lambda: bool(self.target_layers(t.cast(Image, facts.target.image))),
             "denied": lambda: self._denied(asked.draft),
         }
+        if asked.question in _OF_THE_SOURCE:
+            if asked.question not in self.told:
+                self.told[asked.question] = answers[asked.question]()
+            return replace(facts, **{asked.question: self.told[asked.question]})
         return replace(facts, **{asked.question: answers[asked.question]()})
 
     def _source_writers(self) -> str:
@@ -406,6 +436,19 @@ class Scene:
 
     def _target_users(self, facts: Facts) -> str:
         return self._users_now(facts.name) if self.target_fd >= 0 else ""
+
+    def _target_dependents(self, facts: Facts) -> Dependents:
+        """One look at all volumes serves all clones of a task; it is taken anew with each look at their source."""
+        if "inventory" not in self.told:
+            with closing(Inventory(self.request.uri, self.request.pool, "", self.deadline)) as inventory:
+                inventory.open_pool()
+                inventory.scan()
+                self.told["inventory"] = inventory, inventory.dependents()
+        inventory, dependents = self.told["inventory"]
+        directory = os.fstat(self.pool.fd)
+        key = ((directory.st_dev, directory.st_ino), facts.name)
+        untold = [*inventory.untold(key), *(f"pool {name!r}" for name in inventory.unseen)]
+        return Dependents(tuple(sorted(map(inventory.call, dependents.get(key, ())))), tuple(untold))
 
     def _users_now(self, name: str) -> str:
         """Who uses the open target; outside check mode, somebody who lets go of it within a moment does not count."""
@@ -464,9 +507,26 @@ class Scene:
         return int(json.loads(out)["required"])
 
     def _space_missing(self, step: Create) -> int:
-        if step.route == "libvirt" or (step.route == "copy" and self.request.method != "copy" and not self._unshareable()):
+        reserved = t.cast(int, self.told.get("reserved", 0))
+        return max(self._space_taken(step) + reserved - self.pool.available(), 0)
+
+    def _space_taken(self, step: Create) -> int:
+        if step.route == "libvirt" or (step.route != "blank" and step.unshared is None):
             return 0
-        return max(self.space_needed(step) - self.pool.available(), 0)
+        if planner.kind(step) in self.told.get("kinds", ()) and not planner.own_blocks(self.request) and self._may_share():
+            # It will share the blocks of the one before.
+            return 0
+        if step not in self.told:
+            self.told[step] = self.space_needed(step)
+        return t.cast(int, self.told[step])
+
+    def reserve(self, step: Create) -> None:
+        """What this one takes is not there for the next clone of the same source."""
+        self.told["reserved"] = self.told.get("reserved", 0) + self._space_taken(step)
+        self.told.setdefault("kinds", set()).add(planner.kind(step))
+
+    def _may_share(self) -> bool:
+        return guards.file_system(self.pool.fd) not in _NEVER_SHARE
 
     def _unshareable(self) -> str:
         """Why source and target cannot share blocks; empty where they may: only trying it, with the staged file, tells."""
@@ -478,7 +538,7 @@ class Scene:
         kind = guards.file_system(source)
         if kind != guards.file_system(target) or (kind != _BTRFS and os.fstat(source).st_dev != os.fstat(target).st_dev):
             return "source and target are on different file systems"
-        return "the file system cannot share blocks" if kind in _NEVER_SHARE else ""
+        return "" if self._may_share() else "the file system cannot share blocks"
 
     def _denied(self, draft: t.Optional[Create]) -> str:
         """``draft``: the step, when it is the only one; libvirt itself may be let do what this user may not."""
@@ -497,6 +557,11 @@ class Scene:
             return "another file has its name by now"
         who = self._users_now(name)
         return f"it is open by {who}" if who else ""
+
+
+def _close_all(opened: t.List[OpenImage]) -> None:
+    while opened:
+        os.close(opened.pop().fd)
 
 
 def _open_image(path: str, what: str) -> t.Tuple[int, bool]:

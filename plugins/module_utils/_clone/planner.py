@@ -16,8 +16,9 @@ import typing as t
 from dataclasses import dataclass, replace
 
 from .._errors import CloneError
-from .._images.probe import EMPTY_UNREADABLE, GROWABLE, Image, Qcow2Features, round_capacity
+from .._images.probe import EMPTY_UNREADABLE, GROWABLE, SHARING, Image, Qcow2Features, round_capacity
 from .._units import format_bytes
+from .._volumes import entry
 from .request import Request, qcow2_features
 
 
@@ -75,6 +76,14 @@ class TargetFacts:
 
 
 @dataclass(frozen=True)
+class Dependents:
+    """Volumes that have another below them or their data in it, and what may have but could not be read."""
+
+    names: t.Tuple[str, ...] = ()
+    untold: t.Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Facts:
     pool: PoolFacts
     source: SourceFacts
@@ -96,6 +105,8 @@ class Facts:
     target_chain: t.Optional[bool] = None
     #: who else has the target open; empty for nobody
     target_users: t.Optional[str] = None
+    #: what loses the data that it relies on when the target is replaced
+    target_dependents: t.Optional[Dependents] = None
     #: offset of the first data that shrinking would cut off, -1 for none
     data_beyond: t.Optional[int] = None
     content_equal: t.Optional[bool] = None
@@ -124,6 +135,8 @@ class Create:
     nocow: t.Optional[bool] = None
     replaces: bool = False
     dropped: t.Tuple[str, ...] = ()
+    #: why blocks of the source are not even tried to be shared; None to try it
+    unshared: t.Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +224,23 @@ def plan(request: Request, facts: Facts) -> Plan:
     return result
 
 
+def kind(step: Create) -> t.Tuple[t.Any, ...]:
+    """Volumes of which one may be made from another that was just made."""
+    return step.route, step.format, step.qcow2, step.preallocation, step.nocow, step.unshared
+
+
+def donates(made: Create, step: Create) -> bool:
+    """Whether the file of a volume of the same kind can be copied, and grown, in place of the source."""
+    # A copy keeps no blocks reserved; those of a raw volume are reserved anew.
+    whole = made.format == "raw" or made.preallocation == "off"
+    return whole and (made.capacity == step.capacity or (made.capacity < step.capacity and made.format in GROWABLE))
+
+
+def own_blocks(request: Request) -> bool:
+    """Whether the task asks for blocks that nobody shares."""
+    return request.method == "copy" or request.preallocation in ("falloc", "full")
+
+
 def target_format(request: Request, source: t.Optional[Image]) -> t.Optional[str]:
     """The format asked for; None when it is not stated and the source that would give it is gone."""
     return request.format or (source.format if source else None)
@@ -225,7 +255,7 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
         raise CloneError("DIFFERS", f"{_what(facts)} exists and differs: {'; '.join(differences)}")
     if differences:
         _refuse_in_use(facts, "replaced")
-        return _absent(request, facts, replaces=True)
+        return _replacement(request, facts)
 
     before = _state(facts.target, image)
     warnings = []
@@ -261,6 +291,17 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
                 label=before.label if owner.label is None else owner.label,
             )
     return Plan(before, after, tuple(steps), tuple(warnings))
+
+
+def _replacement(request: Request, facts: Facts) -> Plan:
+    dependents: Dependents = _known(facts, "target_dependents")
+    if dependents.names:
+        raise CloneError("OPERATION_INVALID", f"{_what(facts)} cannot be replaced: {entry.depend(dependents.names)}")
+    result = _absent(request, facts, replaces=True)
+    if not dependents.untold:
+        return result
+    warning = f"whether anything depends on {_what(facts)} cannot be told of {entry.first(dependents.untold)}"
+    return replace(result, warnings=(*result.warnings, warning))
 
 
 def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
@@ -308,7 +349,7 @@ def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:
 
 def _refuse_target_chain(facts: Facts, image: Image) -> None:
     """A target's guest, or whoever else wrote to it, must not have us open files outside the pools."""
-    if image.data_file:
+    if image.data_file is not None:
         raise CloneError("UNSAFE_IMAGE", f"{_what(facts)} keeps its data in another file, which is not followed")
     if image.backing is not None:
         _known(facts, "target_chain")
@@ -381,6 +422,7 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
         request.nocow,
         replaces,
         _dropped(source) if route != "copy" else (),
+        None if route == "libvirt" else _unshared(request, facts, source, image_format, route),
     )
     warnings = []
     if step.dropped:
@@ -456,7 +498,7 @@ def _refuse_source(request: Request, facts: Facts, source: Image) -> None:
     what = facts.source.what
     if source.unclean:
         raise CloneError("CORRUPT_IMAGE", f"{what} is marked {source.unclean}: run qemu-img check on it first")
-    if source.data_file:
+    if source.data_file is not None:
         raise CloneError("UNSAFE_IMAGE", f"{what} keeps its data in another file, which is not followed")
     if source.capacity > request.max_capacity:
         raise CloneError(
@@ -500,18 +542,26 @@ def _route(
         and (image_format == "raw" or request.preallocation == "off")
     )
     if whole_file:
-        unshareable = request.method == "reflink" and _known(facts, "unshareable")
-        if unshareable:
-            raise CloneError("NO_SUPPORT", f"method=reflink is not possible for {_what(facts)}: {unshareable}")
         return "copy"
     if source.encrypted:
         raise CloneError("NO_SUPPORT", f"{facts.source.what} is encrypted: it is cloned in its own format or not at all")
-    if request.method == "reflink":
-        raise CloneError(
-            "NO_SUPPORT",
-            f"method=reflink shares the blocks of a whole file; {image_format} from {facts.source.what} needs a conversion",
-        )
     return "convert"
+
+
+def _unshared(request: Request, facts: Facts, source: Image, image_format: str, route: str) -> t.Optional[str]:
+    """Why the new volume cannot, or shall not, share the source's blocks; None where it is worth a try."""
+    foreign = next((name for name in (source.format, image_format) if name not in SHARING), None)
+    if request.method == "copy":
+        return "method is copy"
+    if request.preallocation in ("falloc", "full"):
+        reason: str = f"preallocation={request.preallocation} asks for blocks of its own"
+    elif route == "convert" and foreign:
+        reason = f"a conversion of the format {foreign} writes new blocks"
+    else:
+        reason = _known(facts, "unshareable")
+    if reason and request.method == "reflink":
+        raise CloneError("NO_SUPPORT", f"method=reflink is not possible for {_what(facts)}: {reason}")
+    return reason or None
 
 
 def _refuse_by_libvirt(
@@ -527,6 +577,8 @@ def _refuse_by_libvirt(
         "a SELinux context": bool(request.label),
         # libvirt probes the source again, and follows whatever names it finds then.
         f"source_format=raw for what begins as {source.magic}": source.magic is not None,
+        "bwlimit": request.bwlimit is not None,
+        "verify": request.verify,
     }
     for what, wanted in impossible.items():
         if wanted:

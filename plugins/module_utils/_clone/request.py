@@ -59,6 +59,9 @@ class Request:
     lock_timeout: float = 300.0
     timeout: t.Optional[float] = None
     max_capacity: int = 64 << 40
+    #: bytes per second
+    bwlimit: t.Optional[int] = None
+    verify: bool = False
 
     @property
     def blank(self) -> bool:
@@ -126,7 +129,30 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         lock_timeout=t.cast(float, _seconds(params, "lock_timeout", 300.0)),
         timeout=_seconds(params, "timeout", None),
         max_capacity=_units.parse_capacity(params.get("max_capacity", "64TiB"), "max_capacity"),
+        bwlimit=_bwlimit(params.get("bwlimit")),
+        verify=bool(params.get("verify")),
     )
+
+
+def many_from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> t.List[Request]:
+    """One request for each entry of ``volumes``; what it does not state is as the task states it.
+
+    :raises CloneError: as :func:`from_parameters`, naming the entry
+    """
+    requests: t.List[Request] = []
+    names = set()
+    for number, entry in enumerate(params["volumes"]):
+        stated = {key: value for key, value in entry.items() if value is not None}
+        try:
+            requests.append(from_parameters({**params, **stated}, on_host))
+        except CloneError as exc:
+            raise CloneError(exc.code, f"volumes[{number}] ({entry['name']!a}): {exc.msg}") from None
+        if entry["name"] in names:
+            raise CloneError("INVALID_ARG", f"volumes[{number}]: name: {entry['name']!a} appears twice")
+        names.add(entry["name"])
+    if not requests:
+        raise CloneError("INVALID_ARG", "volumes: [] names no volume")
+    return requests
 
 
 def blank_from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Request:
@@ -240,6 +266,15 @@ def made_up_name(source_name: str, image_format: t.Optional[str], source_format:
 def _names_format(ending: str, image_format: t.Optional[str]) -> bool:
     known = {"raw": _RAW_ENDINGS, "vpc": ("vpc", "vhd")}.get(image_format or "", (image_format,))
     return ending.lower() in known
+
+
+def _bwlimit(value: t.Optional[str]) -> t.Optional[int]:
+    if value is None:
+        return None
+    limit = _units.parse_capacity(value, "bwlimit")
+    if limit == 0:
+        raise CloneError("INVALID_ARG", f"bwlimit: {_units.quoted(value)} a second would never get done")
+    return limit
 
 
 def _mode(value: t.Union[int, str, None], in_xml: t.Optional[int]) -> t.Optional[Mode]:

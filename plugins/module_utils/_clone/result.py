@@ -10,6 +10,7 @@ import os
 import typing as t
 from dataclasses import replace
 
+from .._errors import CloneError
 from .._permissions import group_name, user_name
 from .._transfer import file_copy
 from .planner import Create, Facts, Plan, SourceFacts, State
@@ -17,6 +18,27 @@ from .planner import Create, Facts, Plan, SourceFacts, State
 if t.TYPE_CHECKING:  # pragma: no cover
     from .executor import Transfer
     from .facts import Scene
+    from .many import Job
+
+#: What a result says of a volume, null where there is none.
+_OF_A_VOLUME = (
+    *(
+        "name",
+        "pool",
+        "path",
+        "key",
+        "type",
+        "format",
+        "capacity",
+        "allocation",
+        "physical",
+        "backing",
+        "owner",
+        "group",
+        "mode",
+    ),
+    *("changed", "actions", "transfer", "shared", "fallback_reason", "dropped", "duration", "error_code", "msg"),
+)
 
 
 def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer], duration: float) -> t.Dict[str, t.Any]:
@@ -63,6 +85,36 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
         },
         "warnings": list(plan.warnings),
     }
+
+
+def build_many(jobs: t.Sequence[Job]) -> t.Dict[str, t.Any]:
+    """The module's result for many clones, in the order of the task; ``failed`` where one has failed."""
+    singles = [_single(job) for job in jobs]
+    volumes = [single["volume"] for single in singles]
+    failed = [volume for volume in volumes if volume["error_code"]]
+    outcome: t.Dict[str, t.Any] = {
+        "changed": any(volume["changed"] for volume in volumes),
+        "actions": sorted({action for volume in volumes for action in volume["actions"]}),
+        "volumes": volumes,
+        "source": next((single["source"] for single in singles if "source" in single), None),
+        "diff": [single["diff"] for single in singles if single["volume"]["changed"]],
+        "warnings": list(dict.fromkeys(warning for single in singles for warning in single.get("warnings", ()))),
+    }
+    if failed:
+        told = "; ".join(f"{volume['name']!r}: {volume['msg']}" for volume in failed[:3])
+        told += f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+        msg = f"{len(failed)} of {len(volumes)} volumes failed: {told}"
+        outcome.update(failed=True, error_code=failed[0]["error_code"], msg=msg)
+    return outcome
+
+
+def _single(job: Job) -> t.Dict[str, t.Any]:
+    if job.error is None and job.facts is not None and job.plan is not None:
+        return build(job.scene, job.facts, job.plan, job.transfer, job.duration)
+    error = t.cast(CloneError, job.error)
+    volume = dict.fromkeys(_OF_A_VOLUME)
+    volume.update(name=job.request.name, pool=job.request.pool, type="file", error_code=error.code, msg=error.msg)
+    return {"volume": {**volume, "changed": False, "actions": [], "dropped": [], "duration": round(job.duration, 3)}}
 
 
 def _source(source: SourceFacts) -> t.Dict[str, t.Any]:

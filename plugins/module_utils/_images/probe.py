@@ -13,6 +13,7 @@ decide how the host reads it).
 from __future__ import annotations
 
 import os
+import re
 import struct
 import typing as t
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from .._errors import CloneError
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "qcow")
 #: Formats whose capacity qemu-img can change in place.
 GROWABLE = ("raw", "qcow2", "qed")
+#: Formats between which a conversion can share blocks: those whose drivers in QEMU copy ranges (bdrv_co_copy_range).
+SHARING = ("raw", "qcow2")
 # qemu-img makes them with a capacity of 0, and then cannot open them (7.2).
 EMPTY_UNREADABLE = ("vmdk", "qcow")
 #: Formats that "qemu-img check" knows.
@@ -33,7 +36,12 @@ SECTOR = 512
 _QCOW2_DIRTY, _QCOW2_CORRUPT, _QCOW2_DATA_FILE, _QCOW2_COMPRESSION, _QCOW2_EXTENDED_L2 = (1 << n for n in range(5))
 _QCOW2_KNOWN = (1 << 5) - 1
 _QCOW2_LAZY_REFCOUNTS = 1
-_EXT_END, _EXT_BACKING_FORMAT, _EXT_BITMAPS = 0, 0xE2792ACA, 0x23852875
+_EXT_END, _EXT_BACKING_FORMAT, _EXT_BITMAPS, _EXT_DATA_FILE = 0, 0xE2792ACA, 0x23852875, 0x44415441
+# The longest descriptor that QEMU reads (vmdk_read_desc).
+_VMDK_DESCRIPTOR = (1 << 20) - 1
+# More than QEMU takes (vmdk_parse_extents): other programs also know extents that are only read, and do not mind the case.
+_VMDK_EXTENT = re.compile(rb'\b(?:RW|RDONLY|NOACCESS)\s+\d+\s+\w+\s+"([^"\r\n]+)"', re.IGNORECASE)
+_VMDK_PARENT = re.compile(rb'parentFileNameHint\s*=\s*"([^"\r\n]+)"', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Image:
     snapshots: int = 0
     bitmaps: int = 0
     encrypted: bool = False
-    data_file: bool = False
+    #: the file that has the data in place of this one, as recorded; empty where none is
+    data_file: t.Optional[str] = None
     #: why the content cannot be relied on (``dirty``, ``corrupt``), or None
     unclean: t.Optional[str] = None
     #: why its bytes could not be read as this format; only of a target, which is then judged as different
@@ -168,7 +177,8 @@ def read_qcow2(fd: int, size: int, what: str) -> Image:
                 raise CloneError("NO_SUPPORT", f"{what} uses compression type {head[104]}, which is not known here")
     if l1_size and not (l1_at > 0 and l1_at + 8 * l1_size <= size):
         raise corrupt("its L1 table lies outside the file")
-    backing_format, bitmaps = _qcow2_extensions(fd, header_len, backing_at or (1 << cluster_bits), corrupt)
+    end = backing_at or (1 << cluster_bits)
+    backing_format, bitmaps, data_file = _qcow2_extensions(fd, header_len, end, corrupt)
     backing = None
     if backing_at:
         if not 0 < backing_len <= 1023 or backing_at + backing_len > min(size, 1 << cluster_bits):
@@ -191,14 +201,16 @@ def read_qcow2(fd: int, size: int, what: str) -> Image:
         snapshots,
         bitmaps,
         encrypted=bool(crypt),
-        data_file=bool(incompatible & _QCOW2_DATA_FILE),
+        data_file=data_file if incompatible & _QCOW2_DATA_FILE else None,
         unclean=unclean,
     )
 
 
-def _qcow2_extensions(fd: int, start: int, end: int, corrupt: t.Callable[[str], CloneError]) -> t.Tuple[t.Optional[str], int]:
-    """Backing format and number of bitmaps from the header extensions."""
-    backing_format, bitmaps, at = None, 0, start
+def _qcow2_extensions(
+    fd: int, start: int, end: int, corrupt: t.Callable[[str], CloneError]
+) -> t.Tuple[t.Optional[str], int, str]:
+    """Backing format, number of bitmaps and name of the data file from the header extensions."""
+    backing_format, bitmaps, data_file, at = None, 0, "", start
     while at + 8 <= end:
         raw = os.pread(fd, 8, at)
         if len(raw) < 8:
@@ -212,8 +224,10 @@ def _qcow2_extensions(fd: int, start: int, end: int, corrupt: t.Callable[[str], 
             backing_format = os.pread(fd, min(length, 64), at + 8).decode("ascii", "replace")
         elif kind == _EXT_BITMAPS and length >= 4:
             bitmaps = struct.unpack(">I", os.pread(fd, 4, at + 8))[0]
+        elif kind == _EXT_DATA_FILE:
+            data_file = os.fsdecode(os.pread(fd, min(length, 4096), at + 8).split(b"\0", 1)[0])
         at += 8 + -(-length // 8) * 8
-    return backing_format, bitmaps
+    return backing_format, bitmaps, data_file
 
 
 def refuse_parents(fd: int, image_format: str, what: str) -> None:
@@ -250,3 +264,21 @@ def _refuse_vmdk_references(fd: int, what: str) -> None:
         raise CloneError("UNSAFE_IMAGE", f"{what} is a vmdk of type {kind or 'unknown'!r}, which keeps its data in other files")
     if "parentfilenamehint" in descriptor:
         raise CloneError("UNSAFE_IMAGE", f"{what} is a vmdk that needs a parent image")
+
+
+def vmdk_references(fd: int) -> t.Tuple[str, ...]:
+    """The extents and the parent of a vmdk, as its descriptor records them.
+
+    QEMU looks for extents in a descriptor inside an image only where the image has no capacity of its own (vmdk_open_vmdk4);
+    else the one extent is the image itself, by the name that it was made with.
+    """
+    head = os.pread(fd, SECTOR, 0)
+    at, patterns = 0, [_VMDK_EXTENT, _VMDK_PARENT]
+    if head[:4] == b"KDMV":
+        at = struct.unpack("<Q", head[28:36].ljust(8, b"\0"))[0] * SECTOR
+        if head[12:20] != bytes(8):
+            patterns.remove(_VMDK_EXTENT)
+    if head[:4] == b"COWD" or not 0 <= at < 1 << 62 or (at == 0 and head[:4] == b"KDMV"):
+        return ()
+    descriptor = os.pread(fd, _VMDK_DESCRIPTOR, at).split(b"\0", 1)[0]
+    return tuple(os.fsdecode(name) for pattern in patterns for name in pattern.findall(descriptor))

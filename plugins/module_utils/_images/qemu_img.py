@@ -92,15 +92,24 @@ def create(target: Layer, options: t.List[str], capacity: int) -> t.List[str]:
     return ["create", "-q", "-f", target.format, *options, target.path, str(capacity)]
 
 
-def convert(layers: t.Sequence[Layer], target: Layer, options: t.List[str], exists: bool) -> t.List[str]:
+def convert(
+    layers: t.Sequence[Layer],
+    target: Layer,
+    options: t.List[str],
+    exists: bool,
+    share: bool = False,
+    bwlimit: t.Optional[int] = None,
+) -> t.List[str]:
     """Convert into a new image, or into one that ``create`` has just made and that so reads as zeros.
 
+    ``share``: by ``-C``, copy_file_range(2), which XFS and btrfs do by sharing the blocks. It does not look for zeros.
     ``-W`` lets writes land out of order: a staged file has no reader that would mind. For raw and qcow2 only: QEMU's qed driver
     aborts on it (assertion "allocating_acb == NULL" in 7.2).
     """
-    order = ["-W"] if target.format in ("raw", "qcow2") else []
+    how = ["-C"] if share else ["-W"] if target.format in ("raw", "qcow2") else []
+    pace = [] if bwlimit is None or share else ["-r", str(bwlimit)]
     into = ["-n", "--target-is-zero"] if exists else options
-    return ["convert", *order, *into, "-O", target.format, *source_arguments(layers), target.path]
+    return ["convert", *how, *pace, *into, "-O", target.format, *source_arguments(layers), target.path]
 
 
 def resize(layers: t.Sequence[Layer], capacity: int, preallocation: str) -> t.List[str]:
@@ -111,6 +120,11 @@ def resize(layers: t.Sequence[Layer], capacity: int, preallocation: str) -> t.Li
 
 def amend_compat(layers: t.Sequence[Layer]) -> t.List[str]:
     return ["amend", "-q", "-o", "compat=1.1", *source_arguments(layers)]
+
+
+def data_map(layer: Layer) -> t.List[str]:
+    """Where in the file the data of an image that stands alone is."""
+    return ["map", "--output=json", *source_arguments([layer])]
 
 
 def check(layer: Layer) -> t.List[str]:

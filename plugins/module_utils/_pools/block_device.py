@@ -9,13 +9,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
+import typing as t
 from dataclasses import dataclass
 
 from .. import _process
 from .._errors import CloneError, from_os_error
-from .._transfer.guards import length
+from .._transfer.guards import length, users
 
 _PIECE = 1 << 20
+# Up to this size a device is read from end to end, a larger one in so many places between its ends.
+_WHOLE = 1 << 30
+_PLACES = 256
+_ATTEMPTS, _PAUSE = 10, 0.2
 # libblkid's name of a file system, where libvirt has another.
 _NAMES = {"hfsplus": "hfs+"}
 
@@ -32,8 +38,8 @@ class Found:
 def examine(path: str, wanted: str) -> Found:
     """What the device holds.
 
-    It counts as empty when libblkid finds no signature, no partition table among them, and its first and last MiB are all
-    zeros: libblkid does not know everything.
+    It counts as empty when libblkid finds no signature, no partition table among them, and there are only zeros wherever it is
+    read: libblkid does not know everything.
 
     :param wanted: the format that it shall get
     :raises CloneError: ``INVALID_ARG`` for what is no block device, ``MISSING_DEPENDENCY`` where nobody could format it
@@ -48,13 +54,14 @@ def examine(path: str, wanted: str) -> Found:
         found = _signatures(fd, path)
         if found.holds:
             return found
-        if not _zeros(fd):
+        if not _zeros(fd, path):
             return Found(holds="data that is no known format")
+        user = _user(fd)
     finally:
         os.close(fd)
     if _process.find(f"mkfs.{wanted}") is None:
         raise CloneError("MISSING_DEPENDENCY", f"pool_source.format: {wanted!r} needs mkfs.{wanted} on the managed host")
-    return Found(claimed=_claimed(path))
+    return Found(claimed=f"is open by {user}" if user else _claimed(path))
 
 
 def _signatures(fd: int, path: str) -> Found:
@@ -78,9 +85,35 @@ def _signatures(fd: int, path: str) -> Found:
     return Found()
 
 
-def _zeros(fd: int) -> bool:
-    pieces = [os.pread(fd, _PIECE, at) for at in (0, max(0, length(fd) - _PIECE))]
-    return all(piece.count(0) == len(piece) for piece in pieces)
+def _zeros(fd: int, path: str) -> bool:
+    size = length(fd)
+    last = max(0, size - _PIECE)
+    places: t.Iterable[int] = range(0, size, _PIECE)
+    if size > _WHOLE:
+        places = (last * place // (_PLACES + 1) for place in range(_PLACES + 2))
+    return all(_zeros_at(fd, at, min(at + _PIECE, size), path) for at in places)
+
+
+def _zeros_at(fd: int, at: int, end: int, path: str) -> bool:
+    while at < end:
+        piece = os.pread(fd, end - at, at)
+        if not piece:
+            raise CloneError("IO_ERROR", f"the device {path!r} (pool_source.devices) ends at {at}, before its size")
+        if piece.count(0) < len(piece):
+            return False
+        at += len(piece)
+    return True
+
+
+def _user(fd: int) -> str:
+    """Who has the device open, which asking for it alone does not tell of one who has not: qemu, for one."""
+    for _attempt in range(_ATTEMPTS):
+        user = users(fd)
+        if not user:
+            break
+        # udev looks into a device that was just made, for a moment.
+        time.sleep(_PAUSE)
+    return user
 
 
 def _claimed(path: str) -> str:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import typing as t
 
@@ -116,6 +117,21 @@ def kind_of(status: os.stat_result) -> t.Optional[str]:
         if test(status.st_mode):
             return words
     return None
+
+
+def mount_point(path: str) -> t.Optional[str]:
+    """Where ``path`` has something mounted on it: the path, or what its symbolic links lead to; None when nothing is.
+
+    Read from the kernel's list: stat(2) fails, or never returns, where a file system has died.
+    """
+    with open("/proc/self/mountinfo", "rb") as file:
+        # The fifth field (proc(5)), with blanks and backslashes as \\ooo.
+        fields = [line.split()[4] for line in file]
+    points = {os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match.group(1), 8)]), field)) for field in fields}
+    if path in points:
+        return path
+    real = os.path.realpath(path)
+    return real if path and real in points else None
 
 
 # --- the directory itself -------------------------------------------------------------------------------------------------

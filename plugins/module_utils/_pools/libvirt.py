@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import typing as t
 from contextlib import contextmanager
 
@@ -154,11 +155,11 @@ class Connection:
         return ""
 
     def file_pools(self) -> t.List[LibvirtPool]:
-        """Every active pool that keeps files."""
+        """Every pool that keeps files, active or not."""
         libvirt = libvirt_module()
         pools = []
         with translated(f"listing the pools at {self.uri}"):
-            listed = self.handle.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE)
+            listed = self.handle.listAllStoragePools(0)
         for pool in listed:
             try:
                 described = _xml.pool_target(pool.XMLDesc(0))
@@ -194,20 +195,37 @@ class Connection:
         ]
         return ", ".join(found[:3])
 
+    def users_of_device(self, path: str) -> str:
+        """Running domains that have a disk on a block device, by whatever node."""
+        wanted = os.stat(path).st_rdev
+        found = [
+            f"domain {name!r}"
+            for name, document in self._running_domains()
+            if any(_device_number(disk) == wanted for disk in _xml.domain_disks(document))
+        ]
+        return ", ".join(found[:3])
+
     def _running_domains(self) -> t.Iterator[t.Tuple[str, str]]:
         """Name and document of each."""
         libvirt = libvirt_module()
-        try:
-            domains = self.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-        except libvirt.libvirtError:
-            # storage:///system has no domains.
-            return
-        for domain in domains:
+        with translated(f"listing the running domains at {self.uri}"):
             try:
-                yield domain.name(), domain.XMLDesc(0)
-            except libvirt.libvirtError:
-                # It has ended since it was listed.
-                continue
+                domains = self.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+            except libvirt.libvirtError as exc:
+                if exc.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                    raise
+                # storage:///system has no domains.
+                domains = []
+        for domain in domains:
+            with translated(f"looking at the running domains at {self.uri}"):
+                try:
+                    found = domain.name(), domain.XMLDesc(0)
+                except libvirt.libvirtError as exc:
+                    if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                        raise
+                    # It has ended since it was listed.
+                    continue
+            yield found
 
 
 def _identity(path: str) -> t.Optional[t.Tuple[int, int]]:
@@ -216,6 +234,14 @@ def _identity(path: str) -> t.Optional[t.Tuple[int, int]]:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _device_number(path: str) -> t.Optional[int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_rdev if stat.S_ISBLK(status.st_mode) else None
 
 
 class LibvirtPool(DirectoryPool):
@@ -230,6 +256,14 @@ class LibvirtPool(DirectoryPool):
     def is_active(self) -> bool:
         with translated(f"looking at pool {self.name!r}"):
             return bool(self._pool.isActive())
+
+    def refuse_unmounted(self) -> None:
+        """The directory of a pool that is not active has its volumes too, unless they are on a file system to be mounted.
+
+        :raises CloneError: ``OPERATION_INVALID`` where that is so
+        """
+        if self.type != "dir" and not os.path.ismount(self.path) and not self.is_active():
+            raise CloneError("OPERATION_INVALID", f"pool {self.name!r} is not active, and nothing is mounted at {self.path!r}")
 
     def is_persistent(self) -> bool:
         with translated(f"looking at pool {self.name!r}"):
@@ -283,18 +317,9 @@ class LibvirtPool(DirectoryPool):
             self._pool.setAutostart(int(wanted))
 
     def denied(self) -> str:
-        """Also notices a read-only connection, which libvirt tells only to somebody who tries to change something.
-
-        Starting a pool that is active changes nothing: the answer is "already active", or "read only access".
-        """
-        libvirt = libvirt_module()
-        try:
-            if self._pool.isActive():
-                self._pool.create(0)
-        except libvirt.libvirtError as exc:
-            if exc.get_error_code() in (libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_ACCESS_DENIED):
-                return f"pool {self.name!r}: {exc.get_error_message()}"
-        return ""
+        """Also notices a read-only connection, which libvirt tells only to somebody who tries to change something."""
+        refusal = self._connection.denied()
+        return f"pool {self.name!r}: {refusal}" if refusal else ""
 
     def cannot_write(self) -> str:
         """Why this user may not write to the pool's directory; empty when he may."""

@@ -152,6 +152,10 @@ class _Change:
 
     def stopped(self) -> None:
         self.pool.stop(self.scene.waiting)
+        before = t.cast(PoolFacts, self.facts.pool)
+        path = directory.mount_point(before.mounted) if before.mounted is not None else None
+        if path is not None:
+            raise CloneError("IO_ERROR", f"pool {self.request.name!r} was stopped, but something is still mounted at {path!r}")
 
     def undefined(self) -> None:
         # A pool that has no definition is gone once it is stopped.
@@ -190,7 +194,7 @@ class _Change:
         path = desired.target_path or ""
         if not self.pool.is_active():
             raise CloneError("IO_ERROR", f"pool {self.request.name!r} is not active after it was started")
-        if known and not (os.path.ismount(path) if known.mounts else os.path.isdir(path)):
+        if known and not (directory.mount_point(path) if known.mounts else os.path.isdir(path)):
             raise CloneError("IO_ERROR", f"pool {self.request.name!r} was started, but there is nothing at {path!r}")
 
     def _own_mounted(self, path: str) -> None:

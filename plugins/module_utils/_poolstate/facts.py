@@ -15,7 +15,7 @@ from .._deadline import Deadline
 from .._errors import from_os_error
 from .._pools import block_device, definition
 from .._pools.definition import TYPES, Definition
-from .._pools.directory import kind_of
+from .._pools.directory import kind_of, mount_point
 from .._pools.libvirt import Connection, LibvirtPool
 from .planner import DeviceFacts, DirectoryFacts, Facts, Ownership, PoolFacts, Unanswered
 from .request import Request
@@ -53,8 +53,13 @@ class Scene:
             pool=pool,
             desired=desired,
             document=document,
-            directory=_directory(desired.target_path, request) if desired.target_path is not None else None,
+            directory=self._directory(desired),
         )
+
+    def _directory(self, desired: Definition) -> t.Optional[DirectoryFacts]:
+        if desired.target_path is None or not self.request.needs_directory:
+            return DirectoryFacts(desired.target_path) if desired.target_path is not None else None
+        return _directory(desired.target_path, self.request)
 
     def answer(self, asked: Unanswered, facts: Facts) -> Facts:
         """The facts with the one that the planner asked for."""
@@ -63,12 +68,24 @@ class Scene:
         if asked.question == "users":
             return replace(facts, users=self._users(t.cast(PoolFacts, facts.pool)))
         if asked.question == "device":
-            return replace(facts, device=_device(t.cast(Definition, facts.desired), self.request.build))
+            return replace(facts, device=self._device(t.cast(Definition, facts.desired)))
         return replace(facts, denied=self.connection.denied())
 
     def _users(self, pool: PoolFacts) -> str:
         path = pool.live.target_path
         return self.connection.users_below(path, self.request.name) if path is not None else ""
+
+    def _device(self, desired: Definition) -> DeviceFacts:
+        path = desired.source.devices[0] if desired.source.devices else ""
+        if not os.path.exists(path):
+            return DeviceFacts(path, exists=False)
+        if not self.request.build:
+            return DeviceFacts(path)
+        found = block_device.examine(path, desired.source.format or "")
+        # A domain first: its name says more than its process.
+        domains = self.connection.users_of_device(path) if not found.holds else ""
+        claimed = f"is in use by {domains}" if domains else found.claimed
+        return DeviceFacts(path, format=found.format, holds=found.holds, claimed=claimed)
 
 
 def _pool(pool: LibvirtPool) -> PoolFacts:
@@ -76,6 +93,7 @@ def _pool(pool: LibvirtPool) -> PoolFacts:
     live = definition.parse(pool.document())
     active = pool.is_active()
     mounts = live.type in TYPES and TYPES[live.type].mounts
+    mounted = mount_point(live.target_path or "") if active and mounts else None
     return PoolFacts(
         definition=definition.parse(document),
         live=live,
@@ -83,7 +101,8 @@ def _pool(pool: LibvirtPool) -> PoolFacts:
         active=active,
         persistent=pool.is_persistent(),
         autostart=pool.autostart(),
-        unmounted=active and mounts and not os.path.ismount(live.target_path or ""),
+        unmounted=active and mounts and mounted is None,
+        mounted=mounted,
     )
 
 
@@ -91,7 +110,10 @@ def _pool(pool: LibvirtPool) -> PoolFacts:
 
 
 def _directory(path: str, request: Request) -> DirectoryFacts:
-    facts = DirectoryFacts(path)
+    if request.is_directory and request.state == "absent" and mount_point(path) is not None:
+        return DirectoryFacts(path, exists=True, obstacle="is a mount point, and only a directory is removed")
+    real = os.path.realpath(path)
+    facts = DirectoryFacts(path, real=real if real != path else None)
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -100,7 +122,8 @@ def _directory(path: str, request: Request) -> DirectoryFacts:
         # For libvirt it may be there.
         return replace(facts, exists=True, denied=f"this user may not look at {path!r}; use become")
     except OSError as exc:
-        raise from_os_error(exc, f"looking at {path!r}") from exc
+        why = f"cannot be looked at: {exc.strerror}"
+        return replace(facts, obstacle=why) if mount_point(path) is None else replace(facts, exists=True, broken=why)
     if not stat.S_ISDIR(status.st_mode):
         return replace(facts, obstacle=f"is {kind_of(status) or 'a file'}, no directory")
     facts = replace(
@@ -141,16 +164,3 @@ def _entry(path: str) -> t.Optional[str]:
             return min((entry.name for entry in entries), default=None)
     except OSError as exc:
         raise from_os_error(exc, f"listing {path!r}") from exc
-
-
-# --- the device ---------------------------------------------------------------------------------------------------------
-
-
-def _device(desired: Definition, build: bool) -> DeviceFacts:
-    path = desired.source.devices[0] if desired.source.devices else ""
-    if not os.path.exists(path):
-        return DeviceFacts(path, exists=False)
-    if not build:
-        return DeviceFacts(path)
-    found = block_device.examine(path, desired.source.format or "")
-    return DeviceFacts(path, format=found.format, holds=found.holds, claimed=found.claimed)

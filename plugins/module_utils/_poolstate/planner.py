@@ -49,6 +49,8 @@ class PoolFacts:
     autostart: bool = False
     #: active for libvirt, but nothing is mounted at its target path
     unmounted: bool = False
+    #: where its file system is mounted, for a pool that runs and has one; not its target path where that has symbolic links
+    mounted: t.Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class DirectoryFacts:
     owner: Ownership = NOTHING
     #: a name in it, None when it is empty; only looked for where a directory pool shall go
     entry: t.Optional[str] = None
+    #: the path without symbolic links, where that is another
+    real: t.Optional[str] = None
+    #: that the file system mounted on it has died, in words
+    broken: str = ""
     #: why this user cannot make it, own it, or remove it, whichever is asked for; empty when he can
     denied: str = ""
 
@@ -108,6 +114,7 @@ class State:
     state: t.Optional[str] = None
     autostart: t.Optional[bool] = None
     definition: t.Optional[Definition] = None
+    persistent: t.Optional[bool] = None
     owner: Ownership = NOTHING
 
 
@@ -203,6 +210,8 @@ def _make_or_own(
         raise CloneError(
             "INVALID_ARG", f"{'name' if request.is_directory else 'target_path'}: {directory.path!r} {directory.obstacle}"
         )
+    if directory.broken and not hidden:
+        raise CloneError("IO_ERROR", f"target_path: {directory.path!r} {directory.broken}")
     if not directory.exists:
         action, owner = "created", _first_owner(request, facts, described)
     elif request.owns and not hidden:
@@ -257,7 +266,7 @@ def _absent(request: Request, facts: Facts) -> Plan:
 
 def _nothing_known(request: Request, facts: Facts) -> Plan:
     why = f"pool {request.name!r} does not exist at {request.uri}"
-    if not facts.check_mode:
+    if not facts.check_mode or request.defines:
         raise CloneError("NO_STORAGE_POOL", f"{why}; state type, or xml, to define it")
     # In which state an earlier task would have left it is not known.
     actions: t.Tuple[str, ...] = {"active": ("started",), "inactive": ("stopped",)}.get(request.state, ())
@@ -282,6 +291,8 @@ def _present(request: Request, facts: Facts, desired: Definition) -> Plan:
     active = request.state == "active" or (request.state == "present" and was_active)
     stops = pool is not None and pool.active and (not active or _restarts(request, facts, pool, desired))
     starts = active and (stops or not was_active)
+    if request.defines or starts:
+        _refuse_symbolic_link(facts, desired)
     if stops and pool is not None:
         _refuse_unmounting(request, facts, pool)
 
@@ -309,6 +320,7 @@ def _present(request: Request, facts: Facts, desired: Definition) -> Plan:
         autostart,
         # Where both mean the same, what is there stays written as it is.
         desired if pool is None or differs else pool.definition,
+        True,
         _owned_afterwards(request, facts, desired, owner, active, starts),
     )
     return Plan(None if pool is None else _before(request, facts, pool), after, tuple(actions), owner, tuple(warnings))
@@ -327,7 +339,7 @@ def _before(request: Request, facts: Facts, pool: PoolFacts) -> State:
     shown = pool.definition
     if request.defines and facts.desired is not None and shown.means_the_same(facts.desired):
         shown = pool.live
-    state = State(pool.definition.type, "active" if pool.active else "inactive", pool.autostart, shown)
+    state = State(pool.definition.type, "active" if pool.active else "inactive", pool.autostart, shown, pool.persistent)
     if pool.unmounted:
         return replace(state, state=_UNMOUNTED)
     directory = facts.directory
@@ -352,8 +364,7 @@ def _owned_afterwards(
 
 def _directory_of(request: Request, facts: Facts, desired: Definition, running: bool) -> t.Tuple[t.Tuple[str, ...], Ownership]:
     """What is to be done to the pool's directory; nothing for a pool that is asked for no more than another state."""
-    wanted = request.state == "active" or request.defines or request.owns
-    if facts.directory is None or desired.type not in TYPES or not wanted:
+    if facts.directory is None or desired.type not in TYPES or not request.needs_directory:
         return (), NOTHING
     unmounted = facts.pool is not None and facts.pool.unmounted
     return _make_or_own(request, facts, facts.directory, desired, hidden=_mounts(desired) and (unmounted or not running))
@@ -441,7 +452,9 @@ def _refuse_conflict(facts: Facts, desired: Definition) -> None:
     """What libvirt calls a storage source conflict (virStoragePoolObjSourceFindDuplicate), and a directory of two pools."""
     for other in t.cast(t.Tuple[Definition, ...], _known(facts, "others")):
         shared = None
-        if desired.target_path == other.target_path and other.type in TYPES:
+        if desired.uuid is not None and desired.uuid == other.uuid:
+            shared = f"xml: the uuid {desired.uuid}"
+        elif desired.target_path == other.target_path and other.type in TYPES:
             shared = f"target_path: {desired.target_path!r}"
         elif desired.source.devices and set(desired.source.devices) & set(other.source.devices):
             shared = f"pool_source.devices: {desired.source.devices[0]!r}"
@@ -455,6 +468,17 @@ def _export(described: Definition) -> t.Tuple[object, ...]:
     return tuple(host.name for host in described.source.hosts), (described.source.dir or "").lstrip("/")
 
 
+def _refuse_symbolic_link(facts: Facts, desired: Definition) -> None:
+    """libvirt looks for the path as it is written among the mounts (virStorageBackendFileSystemIsMounted), and misses it."""
+    directory = facts.directory
+    if directory is not None and directory.real is not None and _mounts(desired):
+        raise CloneError(
+            "INVALID_ARG",
+            f"target_path: {directory.path!r} is {directory.real!r} in truth; a pool of the type {desired.type} needs a path"
+            " without symbolic links, which libvirt does not find among the mounts",
+        )
+
+
 def _refuse_in_use(request: Request, facts: Facts, done: str) -> None:
     users = _known(facts, "users")
     if users:
@@ -465,3 +489,9 @@ def _refuse_unmounting(request: Request, facts: Facts, pool: PoolFacts) -> None:
     """Stopping a pool whose files stay where they are takes nothing from anybody; unmounting does."""
     if _mounts(pool.live) and not pool.unmounted:
         _refuse_in_use(request, facts, "stopped")
+    if pool.mounted not in (None, pool.live.target_path):
+        raise CloneError(
+            "OPERATION_INVALID",
+            f"pool {request.name!r} cannot be stopped: libvirt would leave it mounted at {pool.mounted!r}, because its path"
+            f" {pool.live.target_path!r} has a symbolic link in it; unmount it first",
+        )

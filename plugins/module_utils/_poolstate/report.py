@@ -144,6 +144,7 @@ def _shown(name: str, state: t.Optional[State]) -> t.Dict[str, t.Any]:
         "type": state.type,
         "state": state.state,
         "autostart": state.autostart,
+        "persistent": state.persistent,
         **_definition(state.definition),
         "owner": None if owner.uid is None else user_name(owner.uid),
         "group": None if owner.gid is None else group_name(owner.gid),

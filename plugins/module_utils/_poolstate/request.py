@@ -10,14 +10,13 @@ A parameter wins over the pool XML; what neither states is None here.
 from __future__ import annotations
 
 import typing as t
-import unicodedata
 from dataclasses import dataclass, fields
 
 from .._errors import CloneError
-from .._names import check_path, check_pool
+from .._names import check_path, check_pool, check_readable
 from .._permissions import Mode, group_id, user_id
 from .._pools import definition
-from .._pools.definition import Host, Source, Stated
+from .._pools.definition import Definition, Host, Source, Stated
 from .._units import quoted
 
 NOTHING_STATED = Stated()
@@ -56,6 +55,11 @@ class Request:
         """Whether the task says anything about the directory's owner, group or mode."""
         return (self.owner, self.group, self.mode) != (None, None, None)
 
+    @property
+    def needs_directory(self) -> bool:
+        """Whether the pool's directory matters. One that is stopped or removed may have a file system that is dead."""
+        return self.state != "absent" and (self.state == "active" or self.defines or self.owns)
+
 
 def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Request:
     """Check the module's parameters and its XML.
@@ -78,6 +82,8 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         check_path(params["target_path"], "target_path")
     elif described and described.target_path is not None:
         check_path(described.target_path, "xml: target/path")
+    if described:
+        _check_described(described)
     mode = params.get("mode")
     if params.get("lock_timeout") is not None and params["lock_timeout"] < 0:
         raise CloneError("INVALID_ARG", f"lock_timeout: {params['lock_timeout']} seconds is less than none")
@@ -110,6 +116,21 @@ def _refuse_for_directory(name: str, params: t.Mapping[str, t.Any]) -> None:
         raise CloneError("INVALID_ARG", f"state: 'inactive' has no meaning for the directory pool {name!r}")
 
 
+def _check_described(described: Definition) -> None:
+    """libvirt leaves such characters out of the documents that it writes, so that the pool would differ on each run."""
+    source = described.source
+    for path, texts in (
+        ("target/path", (described.target_path,)),
+        ("source/name", (source.name,)),
+        ("source/dir", (source.dir,)),
+        ("source/format", (source.format,)),
+        ("source/device", source.devices),
+        ("source/host", tuple(host.name for host in source.hosts)),
+    ):
+        for text in texts:
+            check_readable(text or "", f"xml: {path}")
+
+
 def _stated(params: t.Mapping[str, t.Any]) -> Stated:
     source = params.get("pool_source") or {}
     hosts = source.get("hosts")
@@ -128,9 +149,8 @@ def _stated(params: t.Mapping[str, t.Any]) -> Stated:
             parameter = entry.name if entry.name in ("type", "target_path") else f"pool_source.{entry.name}"
             if text == "":
                 raise CloneError("INVALID_ARG", f"{parameter}: '' is empty")
-            # XML cannot carry most of them, and nobody could read the others.
-            if text is not None and any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
-                raise CloneError("INVALID_ARG", f"{parameter}: {quoted(text)} contains a control character")
+            if text is not None:
+                check_readable(text, parameter)
     for device in stated.devices or ():
         check_path(device, "pool_source.devices")
     if stated.type is not None:

@@ -17,8 +17,9 @@ import struct
 import typing as t
 
 from .._errors import CloneError
+from .pace import Cache, Rate
 
-_FICLONE = 0x40049409  # linux/fs.h; in Python's fcntl only since 3.12
+_FICLONE, _FICLONERANGE = 0x40049409, 0x4020940D  # linux/fs.h; in Python's fcntl only since 3.12
 _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP_FLAG_SYNC = 1
 _FIEMAP_EXTENT_LAST, _FIEMAP_EXTENT_SHARED = 0x1, 0x2000
@@ -37,6 +38,7 @@ _CANNOT_SHARE = {
 _CHUNK = 1 << 20
 _BLOCK = 4096
 _ZEROS = bytes(_CHUNK)
+_MANY_ZEROS = bytes(65536)
 
 
 def share(source: int, target: int) -> t.Optional[str]:
@@ -52,29 +54,69 @@ def share(source: int, target: int) -> t.Optional[str]:
     return None
 
 
-def copy(source: int, target: int, size: int, watch: t.Callable[[], None]) -> None:
+def sharing_refused(source: int, target: int) -> t.Optional[str]:
+    """Why the empty file ``target`` cannot share blocks of ``source``; None when it can. Tried with one block, and undone."""
+    block = os.fstatvfs(target).f_bsize
+    # Up to the end of the file is allowed whatever the length is; 0 says so.
+    length = block if os.fstat(source).st_size >= block else 0
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, 0, length, 0))
+    except OSError as exc:
+        if exc.errno in _CANNOT_SHARE:
+            return _CANNOT_SHARE[exc.errno]
+        raise
+    os.ftruncate(target, 0)
+    return None
+
+
+def copy(source: int, target: int, size: int, watch: t.Callable[[], None], rate: t.Optional[Rate] = None) -> None:
     """Copy the first ``size`` bytes by extents, leaving out zeros, and make the target exactly that long.
 
     :param watch: called between chunks; what it raises ends the copy
+    :param rate: how fast
     :raises CloneError: ``IO_ERROR`` when the source ends early
     """
     os.ftruncate(target, size)
-    for at, data in nonzero_data(source, 0, size, watch):
+    cache = Cache(source, target)
+    for at, data in nonzero_data(source, 0, size, watch, block_size(target), rate, cache.reach):
         _write_all(target, data, at)
+    cache.leave()
+    cache.settle()
 
 
-def nonzero_data(fd: int, start: int, end: int, watch: t.Callable[[], None]) -> t.Iterator[t.Tuple[int, memoryview]]:
-    """What is not zeros in ``[start, end)``, as (offset, data) in the order of the file. The data is valid until the next."""
-    buffer = memoryview(bytearray(_CHUNK))
+def block_size(fd: int) -> int:
+    """The unit in bytes in which the file system leaves holes."""
+    size = os.fstatvfs(fd).f_frsize
+    return size if 512 <= size <= 65536 and not size & (size - 1) else _BLOCK
+
+
+def nonzero_data(
+    fd: int,
+    start: int,
+    end: int,
+    watch: t.Callable[[], None],
+    block: int = _BLOCK,
+    rate: t.Optional[Rate] = None,
+    reach: t.Callable[[int], None] = lambda at: None,
+) -> t.Iterator[t.Tuple[int, memoryview]]:
+    """What is not zeros in ``[start, end)``, as (offset, data) in the order of the file. The data is valid until the next.
+
+    :param reach: called with the offset of all that is about to be read, zeros too
+    """
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
     for begin, stop in data_extents(fd, end, start):
         at = begin
         while at < stop:
             watch()
-            got = os.preadv(fd, [buffer[: min(_CHUNK, stop - at)]], at)
+            reach(at)
+            got = os.preadv(fd, [view[: min(_CHUNK - at % _CHUNK, stop - at)]], at)
             if got == 0:
                 raise CloneError("IO_ERROR", f"the source ended at byte {at} of {end}: it changed while it was read")
-            for offset, length in nonzero_runs(buffer[:got], at):
-                yield at + offset, buffer[offset : offset + length]
+            if rate is not None:
+                rate.spend(got, watch)
+            for offset, length in nonzero_runs(buffer, got, at, block):
+                yield at + offset, view[offset : offset + length]
             at += got
 
 
@@ -105,21 +147,22 @@ def data_extents(fd: int, size: int, start: int = 0) -> t.Iterator[t.Tuple[int, 
         at = end
 
 
-def nonzero_runs(data: memoryview, position: int) -> t.Iterator[t.Tuple[int, int]]:
+def nonzero_runs(buffer: bytearray, size: int, position: int, block: int = _BLOCK) -> t.Iterator[t.Tuple[int, int]]:
     """Runs (offset, length) of blocks that are not all zeros. Blocks are aligned in the file, not in the buffer."""
-    size, begin, at = len(data), None, 0
-    if data == _ZEROS[:size]:
-        return
+    # startswith() compares at the speed of memory, and ends at the first byte that differs; comparing memoryviews does not.
+    zeros = _ZEROS[:block]
+    begin, at = 0, -position % block
     while at < size:
-        step = min(_BLOCK - (position + at) % _BLOCK, size - at)
-        if data[at : at + step] == _ZEROS[:step]:
-            if begin is not None:
-                yield begin, at - begin
-                begin = None
-        elif begin is None:
-            begin = at
-        at += step
-    if begin is not None:
+        if not buffer.startswith(zeros if at + block <= size else _ZEROS[: size - at], at):
+            at += block
+            continue
+        if at > begin:
+            yield begin, at - begin
+        at += block
+        while buffer.startswith(_MANY_ZEROS, at, size):
+            at += len(_MANY_ZEROS)
+        begin = at
+    if begin < size:
         yield begin, size - begin
 
 
@@ -174,6 +217,22 @@ def shares_blocks(fd: int) -> t.Optional[bool]:
         return any(shared for _begin, _end, shared in mapped_extents(fd))
     except OSError:
         return None
+
+
+def unshared(fd: int, ranges: t.Sequence[t.Tuple[int, int]]) -> int:
+    """Bytes in these ranges of a file, in order, that no other file shares."""
+    shared = [(begin, end) for begin, end, is_shared in mapped_extents(fd) if is_shared]
+    missing = sum(end - begin for begin, end in ranges)
+    wanted = sorted(ranges)
+    at = 0
+    for begin, end in shared:
+        while at < len(wanted) and wanted[at][1] <= begin:
+            at += 1
+        index = at
+        while index < len(wanted) and wanted[index][0] < end:
+            missing -= min(end, wanted[index][1]) - max(begin, wanted[index][0])
+            index += 1
+    return missing
 
 
 def mapped_extents(fd: int) -> t.Iterator[t.Tuple[int, int, bool]]:

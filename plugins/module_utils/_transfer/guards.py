@@ -19,6 +19,7 @@ import signal
 import stat
 import struct
 import sys
+import threading
 import typing as t
 
 from .._errors import CloneError
@@ -66,8 +67,7 @@ class Hold:
         self._leased: t.List[t.Tuple[int, str]] = []
 
     def __enter__(self) -> Hold:
-        # The kernel announces the end of a lease by SIGIO, which would end the process; check() asks instead.
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        _ignore_sigio()
         try:
             for fd, name, before in self._files:
                 for byte in _READER:
@@ -116,6 +116,8 @@ class Hold:
         for fd, name, before in self._files:
             if version(fd)[:2] != before[:2] or (fd not in leased and version(fd) != before):
                 raise CloneError("IN_USE", f"{name} changed while it was read")
+            if os.fstat(fd).st_nlink == 0:
+                raise CloneError("IN_USE", f"{name} was replaced or deleted while it was read")
 
 
 def version(fd: int) -> t.Tuple[int, ...]:
@@ -168,9 +170,16 @@ def _qemu_holds(fd: int, lock_bytes: t.Iterable[int]) -> bool:
     return False
 
 
+def _ignore_sigio() -> None:
+    """The kernel announces the end of a lease by SIGIO, which would end the process; Hold.check() asks instead."""
+    # Only the main thread may say so, and it has looked at something before it has workers.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+
+
 def _lease_free(fd: int, kind: int) -> t.Optional[bool]:
     """Whether a lease of this kind can be had right now; None where leases cannot tell."""
-    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    _ignore_sigio()
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, kind)
     except OSError as exc:

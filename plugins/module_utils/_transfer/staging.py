@@ -75,11 +75,19 @@ class Staging:
         os.fchmod(self.fd, mode)
 
     def publish(self, name: str, replace: bool) -> None:
-        """Make the file durable and give it its name.
+        """Make the file durable and give it its name, durably.
 
         :raises FileExistsError: when the name is taken and ``replace`` is not set
         """
         os.fsync(self.fd)
+        self.name(name, replace)
+        os.fsync(self._directory)
+
+    def name(self, name: str, replace: bool) -> None:
+        """Give the file its name; for who sees to it himself that the file is durable before, and its name after.
+
+        :raises FileExistsError: when the name is taken and ``replace`` is not set
+        """
         if replace:
             if self._name is None:
                 self._link_staged()
@@ -89,7 +97,6 @@ class Staging:
         else:
             _rename_noreplace(self._directory, self._name, name)
         self._name = None
-        os.fsync(self._directory)
 
     def _link_staged(self) -> None:
         # The lock comes before the name: a sweep must never find the file unlocked.
@@ -97,6 +104,13 @@ class Staging:
         name = f".virtforge-{secrets.token_hex(8)}.tmp"
         link_open_file(self.fd, name, self._directory)
         self._name = name
+
+
+def sync_all(files: t.Sequence[int]) -> None:
+    """Make many files of one file system durable by one syncfs(2); where that fails, one by one, to know which one fails."""
+    if len(files) < 3 or ctypes.CDLL(None, use_errno=True).syncfs(files[0]) != 0:
+        for fd in files:
+            os.fsync(fd)
 
 
 def link_open_file(fd: int, name: str, directory: int) -> None:

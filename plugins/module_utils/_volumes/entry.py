@@ -49,3 +49,13 @@ def describe(
 def printable(path: str) -> str:
     """A path as it can be put into a result, which is UTF-8: file names and what images record may be any bytes."""
     return os.fsencode(path).decode("utf-8", "replace")
+
+
+def depend(dependents: t.Sequence[str]) -> str:
+    """Volumes that depend on one, as words for a message."""
+    count = "1 volume depends" if len(dependents) == 1 else f"{len(dependents)} volumes depend"
+    return f"{count} on it: {first(dependents)}"
+
+
+def first(names: t.Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

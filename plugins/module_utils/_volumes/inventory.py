@@ -5,7 +5,7 @@
 """What volumes a file pool has and how they hang together. Changes nothing.
 
 A thousand volumes cost a thousand small reads. Only regular files directly in the pools are ever opened, whatever an image
-says it refers to: the volumes of the pool itself, and of libvirt's other active file pools, where overlays of them may lie.
+says it refers to: the volumes of the pool itself, and of libvirt's other file pools, where overlays of them may lie.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class Volume:
     format: t.Optional[str] = None
     image: t.Optional[Image] = None
     error: t.Optional[CloneError] = None
+    #: formats whose magic it carries, None where it could not be read at all
+    magics: t.Optional[t.Tuple[str, ...]] = None
+    #: other files in which a vmdk has its content, as recorded
+    references: t.Tuple[str, ...] = ()
     label: t.Optional[str] = None
     held_by_qemu: bool = False
 
@@ -84,8 +88,8 @@ class Below:
 class Inventory:
     """The volumes of a pool, as they are now.
 
-    :param name: the one volume that is asked for; None for all. Of others, the formats that need qemu-img are then read only
-        where they could depend on it.
+    :param name: the one volume that is asked for; None for all, empty for none. Of others, the formats that need qemu-img are
+        then read only where they could depend on it.
     """
 
     def __init__(self, uri: str, pool: str, name: t.Optional[str], deadline: Deadline) -> None:
@@ -139,6 +143,7 @@ class Inventory:
         del self._pools[1:]
         for pool in self._connection.file_pools():
             try:
+                pool.refuse_unmounted()
                 if any(os.path.sameopenfile(pool.fd, other.fd) for other in self._pools):
                     pool.close()
                     continue
@@ -184,6 +189,7 @@ class Inventory:
             volume = replace(volume, label=staging.get_label(fd), held_by_qemu=guards.held_by_qemu(fd))
         try:
             found = probe.detect(fd, volume.status.st_size)
+            volume = replace(volume, magics=found, references=probe.vmdk_references(fd) if "vmdk" in found else ())
             volume = replace(volume, format=_told_format(found, volume.what))
             if asked or volume.format in _CHEAP or volume.format in _BACKED:
                 volume = replace(volume, image=self._image(volume, fd, t.cast(str, volume.format), found))
@@ -257,24 +263,35 @@ class Inventory:
             return None
 
     def dependents(self) -> t.Dict[Key, t.List[Volume]]:
-        """For each volume that has any: the volumes above it, directly or not. The inverse of :meth:`chain`."""
+        """For each volume that has any: the volumes that are not whole without it.
+
+        They have it in their :meth:`chain`, or they or an image in it keep their data in it.
+        """
         found: t.Dict[Key, t.List[Volume]] = {}
         for volume in self._volumes.values():
-            for below in self.chain(volume)[0]:
-                if below.volume is not None:
-                    found.setdefault(below.volume.key, []).append(volume)
+            for key in self._needed_by(volume):
+                found.setdefault(key, []).append(volume)
         return found
+
+    def _needed_by(self, volume: Volume) -> t.Set[Key]:
+        needed: t.Set[Key] = set()
+        todo = [(volume, volume.image)]
+        while todo:
+            above, image = todo.pop()
+            for recorded, image_format in _references(above, image):
+                found = self._find(above, recorded)
+                if found is not None and found is not volume and found.key not in needed:
+                    needed.add(found.key)
+                    todo.append((found, self._as_backing(found, image_format)))
+        return needed
 
     def call(self, volume: Volume) -> str:
         """What a dependent is called: its name in the pool itself, its path in another."""
         return entry.printable(volume.name if volume.pool is self.pool else volume.path)
 
     def untold(self, key: Key) -> t.List[str]:
-        """What may depend on a volume without that it can be told, as phrases: what could not be read."""
-        unread = [
-            self.call(one) for one in self._volumes.values() if one.error and one.key != key and one.format in (None, *_BACKED)
-        ]
-        return [*(f"pool {name!r}" for name in self.unseen), *sorted(unread)]
+        """Volumes of which it cannot be told whether they depend on another. Those of pools in ``unseen`` come on top."""
+        return sorted(self.call(one) for one in self._volumes.values() if one.key != key and _may_need_others(one))
 
     # --- what modules return of them ------------------------------------------------------------------------------------
 
@@ -318,6 +335,25 @@ class Inventory:
             if volume.held_by_qemu and not users[volume.key]:
                 users[volume.key] = ["another qemu process"]
         return users
+
+
+def _references(volume: Volume, image: t.Optional[Image]) -> t.List[t.Tuple[str, t.Optional[str]]]:
+    """Other files in which a volume that is read as ``image`` has its content, as recorded, and the format of each."""
+    if image is None:
+        return [(name, None) for name in volume.references]
+    found: t.List[t.Tuple[str, t.Optional[str]]] = []
+    if image.backing is not None:
+        found.append((image.backing, image.backing_format))
+    if image.data_file:
+        # QEMU opens it from where it was started; libvirt, which starts it, takes it to be next to the image.
+        found.append((image.data_file, "raw"))
+    return found
+
+
+def _may_need_others(volume: Volume) -> bool:
+    if volume.error is not None:
+        return volume.magics is None or any(name in _BACKED for name in volume.magics)
+    return volume.image is not None and volume.image.data_file == ""
 
 
 def _list(pool: DirectoryPool) -> t.List[str]:

@@ -25,6 +25,7 @@ from .._pools.directory import kind_of
 from .._pools.libvirt import LibvirtPool
 from .._transfer import guards, locks, wipe
 from .._units import format_bytes
+from . import entry
 from .inventory import Inventory, open_volume
 
 # Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment.
@@ -55,10 +56,12 @@ class Facts:
     missing: str = ""
     #: why this user may not delete it
     denied: str = ""
-    #: volumes that have it below them
+    #: volumes that have it below them, or their data in it
     dependents: t.Tuple[str, ...] = ()
-    #: what could not be read, and so may depend on it
+    #: volumes that could not be read, and so may depend on it
     untold: t.Tuple[str, ...] = ()
+    #: names of pools that could not be looked into
+    unseen: t.Tuple[str, ...] = ()
     #: who uses it
     users: str = ""
     #: names that the file has
@@ -113,7 +116,7 @@ def plan(request: Removal, facts: Facts) -> Plan:
     """
     what = f"volume {request.name!r} of pool {request.pool!r}"
     if facts.missing:
-        return Plan(warnings=(f"{facts.missing}; the check run takes it that {what} is not there",))
+        return Plan(warnings=(f"{facts.missing}: deleting {what} fails unless an earlier task starts the pool",))
     if facts.obstacle:
         raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: its name is taken by {facts.obstacle}")
     if facts.volume is None:
@@ -122,12 +125,19 @@ def plan(request: Removal, facts: Facts) -> Plan:
         raise CloneError("OPERATION_DENIED", facts.denied)
     warnings = []
     if facts.dependents:
-        depend = f"{_count(facts.dependents)} on it: {_first(facts.dependents)}"
+        depend = entry.depend(facts.dependents)
         if not request.force:
             raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: {depend}; force=true deletes it all the same")
         warnings.append(f"{what} is deleted although {depend}")
+    cannot_tell = f"whether anything depends on {what} cannot be told of"
     if facts.untold:
-        warnings.append(f"whether anything depends on {what} cannot be told of {_first(facts.untold)}")
+        if not request.force:
+            raise CloneError(
+                "OPERATION_INVALID", f"{cannot_tell} {entry.first(facts.untold)}; force=true deletes it all the same"
+            )
+        warnings.append(f"{cannot_tell} {entry.first(facts.untold)}")
+    if facts.unseen:
+        warnings.append(f"{cannot_tell} {entry.first([f'pool {name!r}' for name in facts.unseen])}")
     if facts.users:
         raise CloneError("IN_USE", f"{what} cannot be deleted: it is open by {facts.users}")
     if request.wipe is None:
@@ -150,14 +160,6 @@ def _refuse_wiping(request: Removal, facts: Facts, what: str) -> None:
             f"{what} cannot be wiped: wipe_algorithm={request.wipe} fills its holes, for which the pool lacks"
             f" {format_bytes(facts.space_missing)}",
         )
-
-
-def _count(dependents: t.Sequence[str]) -> str:
-    return "1 volume depends" if len(dependents) == 1 else f"{len(dependents)} volumes depend"
-
-
-def _first(names: t.Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # --- carrying it out ----------------------------------------------------------------------------------------------------
@@ -266,6 +268,7 @@ class _Scene:
             volume=self.inventory.describe(found[0]),
             dependents=tuple(sorted(map(self.inventory.call, self.inventory.dependents().get(key, ())))),
             untold=tuple(self.inventory.untold(key)),
+            unseen=tuple(self.inventory.unseen),
             users=self._users(patiently),
             **self._about_wiping(),
         )

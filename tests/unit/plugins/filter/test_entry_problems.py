@@ -22,7 +22,7 @@ CLONE = {"pool": "p", "name": "c", "source": "b"}
     [
         ("storage_pool", {**POOL, "targt_path": "/p"}, "('p'): unknown key targt_path, did you mean target_path?"),
         ("storage_pool", {**POOL, "colour": "blue"}, "('p'): unknown key colour"),
-        ("storage_pool", {"type": "dir", "path": "/p"}, ": one of the following is required: name, xml"),
+        ("storage_pool", {"type": "dir", "path": "/p"}, ": one of the following is required: name, pool, xml"),
         ("storage_pool", {**POOL, "type": "directory"}, "('p'): value of type must be one of: dir, fs, netfs, got: directory"),
         ("storage_pool", {**POOL, "state": "gone"}, "('p'): value of state must be one of: present, active, inactive, absent"),
         ("storage_pool", {**POOL, "target_path": "p"}, "('p'): target_path: 'p' is not an absolute path"),
@@ -47,11 +47,13 @@ CLONE = {"pool": "p", "name": "c", "source": "b"}
         ("storage_volume_clone", {**CLONE, "qcow2": {"compact": "1.1"}}, "('c'): unknown key qcow2.compact, did you mean"),
         ("storage_volume_clone", {**CLONE, "resize": "perhaps"}, "('c'): argument 'resize' is of type"),
         ("storage_volume_clone", {**CLONE, "mode": "rwx"}, "('c'): mode: 'rwx' is neither an octal nor a symbolic mode"),
+        ("storage_volume_clone", {"pool": "p", "source": "b", "volumes": [{"nme": "v"}]}, ": unknown key volumes.nme"),
+        ("storage_volume_clone", {"pool": "p", "source": "b", "volumes": [{"name": "a/b"}]}, ": volumes[0] ('a/b'): name"),
         ("storage_volume_clone", "c", ": 'c' is not a dictionary"),
     ],
 )
 def test_a_mistake_names_the_entry_and_the_key(module, entry, problem):
-    good = {"storage_pool": POOL, "storage_volume": VOLUME, "storage_volume_clone": CLONE}[module]
+    good = {"storage_pool": {"name": "good"}, "storage_volume": VOLUME, "storage_volume_clone": CLONE}[module]
     (found,) = entry_problems([good, entry], module, "things")
     assert found.startswith("things[1]")
     assert problem in found
@@ -74,11 +76,28 @@ def test_safe_mode_forbids_what_could_destroy_something(module, entry, forbidden
     ]
 
 
+@pytest.mark.parametrize(
+    "module, first, second, key",
+    [
+        ("storage_pool", POOL, {**POOL, "target_path": "/q"}, "name"),
+        ("storage_pool", POOL, {"pool": "q", "type": "dir", "path": "/p/"}, "target_path"),
+        ("storage_volume", VOLUME, {"pool": "p", "volume": "v", "size": "2G"}, "name"),
+        ("storage_volume_clone", CLONE, {"pool": "p", "source": "b", "volumes": [{"name": "d"}, {"name": "c"}]}, "name"),
+    ],
+)
+def test_two_entries_for_the_same_thing_would_undo_each_other(module, first, second, key):
+    (problem,) = entry_problems([first, second], module, "things")
+    assert problem.startswith("things[1]") and f": {key} is that of things[0]" in problem
+
+
 def test_entries_without_a_mistake():
     assert entry_problems([POOL, {"pool": "q", "state": "inactive"}], "storage_pool", "things", True) == []
     assert entry_problems([VOLUME, {"pool": "/p", "volume": "w", "size": "1G"}], "storage_volume", "things", True) == []
     # A user whom this machine does not know may be one of the host.
-    assert entry_problems([CLONE, {**CLONE, "owner": "nobody-of-that-name"}], "storage_volume_clone", "things", True) == []
+    assert (
+        entry_problems([CLONE, {**CLONE, "name": "d", "owner": "nobody-of-that-name"}], "storage_volume_clone", "things", True)
+        == []
+    )
 
 
 def test_a_module_that_takes_no_entries_is_refused():

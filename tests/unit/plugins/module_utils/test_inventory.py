@@ -15,9 +15,17 @@ from contextlib import closing
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._deadline import Deadline
 from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
+from ansible_collections.virtforge.libvirt.plugins.module_utils._pools import libvirt
 from ansible_collections.virtforge.libvirt.plugins.module_utils._volumes.inventory import Inventory
 
 MIB = 1 << 20
+
+
+def with_data_file(name):
+    """A header of version 3 whose data lies in another file; an empty name is none."""
+    extension = struct.pack(">II", 0x44415441, len(name)) + name.encode().ljust(-(-len(name) // 8) * 8, b"\0") if name else b""
+    head = b"QFI\xfb" + struct.pack(">IQIIQIIQQIIQQQQII", 3, 0, 0, 16, MIB, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 4, 104)
+    return (head + extension).ljust(4096, b"\0")
 
 
 def qcow2(backing=None, backing_format=None):
@@ -216,15 +224,56 @@ def test_names_of_any_bytes_can_be_returned(describe, tmp_path):
     assert [one["format"] for one in found["over"]["backing_chain"]] == ["qcow2", "raw"]
 
 
+@pytest.mark.parametrize("recorded", ["data", "./data", "sub/../data", 'json:{"driver": "file", "filename": "data"}'])
+def test_who_keeps_data_in_a_volume_depends_on_it(describe, tmp_path, recorded):
+    (tmp_path / "sub").mkdir()
+    found = describe(data=bytes(MIB), over=with_data_file(recorded), top=qcow2("over", "qcow2"))
+    assert found["data"]["dependents"] == ["over", "top"]
+    assert chain(found["over"]) == [] and chain(found["top"]) == [("over", "qcow2")]
+
+
+def test_extents_and_parents_of_a_vmdk_have_dependents(describe, tmp_path):
+    head = b"# Disk DescriptorFile\n"
+    flat = head + f'RW 8 FLAT "a" 0\nRW 8 FLAT "{tmp_path}/b" 0\nRW 8 FLAT "b" 8\nRW 8 FLAT "flat" 0\n'.encode()
+    found = describe(
+        a=bytes(512), b=bytes(512), flat=flat, child=head + b'parentFileNameHint="flat"\n', top=qcow2("flat", "vmdk")
+    )
+    assert [found[name]["dependents"] for name in ("a", "b", "flat")] == [["child", "flat", "top"]] * 2 + [["child", "top"]]
+
+
+def test_a_data_file_that_the_image_above_has_its_backing_store_read_with(describe):
+    """Nobody said how to read ``either`` by itself."""
+    either = bytearray(with_data_file("data"))
+    either[64:68] = b"\x7f\x10\xda\xbe"
+    found = describe(data=bytes(512), either=bytes(either), top=qcow2("either", "qcow2"))
+    assert found["data"]["dependents"] == ["top"]
+
+
+@pytest.mark.parametrize("recorded", ["/etc/hostname", "../data", "missing", "nbd:localhost:10809", "over"])
+def test_data_elsewhere_is_no_matter(describe, recorded):
+    found = describe(data=bytes(512), over=with_data_file(recorded))
+    assert [one["dependents"] for one in found.values()] == [[], []]
+
+
 def test_what_could_not_be_read_may_depend_on_anything(tmp_path):
-    files = {"base": bytes(512), "cut": b"QFI\xfb\0\0\0\2", "flat": b"# Disk DescriptorFile", "over": qcow2("base", "raw")}
+    footer = bytes(512) + b"conectix".ljust(512, b"\0")
+    files = {
+        "base": bytes(512),
+        "cut": b"QFI\xfb\0\0\0\2",
+        "either": b"QFI\xfb\0\0\0\2".ljust(512, b"\0") + footer,
+        "elsewhere": with_data_file(""),
+        # None of these has anything below it, however it is read.
+        "fixed": footer,
+        "flat": b"# Disk DescriptorFile",
+        "over": qcow2("base", "raw"),
+    }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     with closing(Inventory("unused", str(tmp_path), "base", Deadline(None, "timeout"))) as inventory:
         inventory.open_pool()
         inventory.scan()
         (base,) = inventory.asked_for()
-        assert inventory.untold(base.key) == ["cut"]
+        assert inventory.untold(base.key) == ["cut", "either", "elsewhere"]
 
 
 def test_a_look_has_its_time(tmp_path):
@@ -234,3 +283,81 @@ def test_a_look_has_its_time(tmp_path):
         with pytest.raises(CloneError, match="gave up looking at the volumes") as caught:
             inventory.scan()
     assert caught.value.code == "TIMEOUT"
+
+
+# --- who uses volumes -----------------------------------------------------------------------------------------------------
+
+
+class LibvirtError(Exception):
+    def __init__(self, code):
+        super().__init__("libvirt says no")
+        self.code = code
+
+    def get_error_code(self):
+        return self.code
+
+    def get_error_message(self):
+        return str(self)
+
+
+class Libvirt:
+    """As much of the module as a failure needs that no daemon can be made to answer with."""
+
+    libvirtError = LibvirtError
+    VIR_CONNECT_LIST_DOMAINS_ACTIVE = 1
+
+    def __getattr__(self, name):
+        return name
+
+
+class Domains:
+    """A connection with three running domains; ``listing`` and ``asking``, of the second, are what fails."""
+
+    def __init__(self, listing=None, asking=None):
+        self.listing, self.asking = listing, asking
+
+    def listAllDomains(self, _flags):
+        if self.listing:
+            raise LibvirtError(self.listing)
+        return [Domain(None), Domain(self.asking), Domain(None)]
+
+
+class Domain:
+    def __init__(self, failure):
+        self.failure = failure
+
+    def name(self):
+        return "web"
+
+    def XMLDesc(self, _flags):
+        if self.failure:
+            raise LibvirtError(self.failure)
+        return "<domain/>"
+
+
+@pytest.fixture
+def running_domains(monkeypatch):
+    def run(**failures):
+        monkeypatch.setattr(libvirt, "libvirt_module", Libvirt)
+        connection = libvirt.Connection("qemu:///system")
+        connection._connection = Domains(**failures)
+        return len(list(connection._running_domains()))
+
+    return run
+
+
+def test_a_driver_without_domains_and_a_domain_that_has_ended_use_nothing(running_domains):
+    assert running_domains() == 3
+    assert running_domains(listing="VIR_ERR_NO_SUPPORT") == 0
+    assert running_domains(asking="VIR_ERR_NO_DOMAIN") == 2
+
+
+@pytest.mark.parametrize("failing", ["listing", "asking"])
+@pytest.mark.parametrize(
+    "code, ours",
+    [("VIR_ERR_RPC", "IO_ERROR"), ("VIR_ERR_ACCESS_DENIED", "OPERATION_DENIED"), ("VIR_ERR_NO_CONNECT", "IO_ERROR")],
+)
+def test_domains_that_cannot_be_asked_for_are_not_taken_for_none(running_domains, failing, code, ours):
+    with pytest.raises(CloneError, match="domains at qemu:///system failed: libvirt says no") as caught:
+        running_domains(**{failing: code})
+    assert caught.value.code == ours

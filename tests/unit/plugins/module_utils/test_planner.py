@@ -12,6 +12,7 @@ import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
     Create,
+    Dependents,
     Facts,
     Grow,
     PoolFacts,
@@ -41,6 +42,7 @@ def facts(source=None, target=None, **kwargs):
         "source_writers": "",
         "source_corrupt": "",
         "target_users": "",
+        "target_dependents": Dependents(),
         "target_chain": True,
         "data_beyond": -1,
         "content_equal": True,
@@ -74,6 +76,7 @@ FACTS = (
     "source_corrupt",
     "target_chain",
     "target_users",
+    "target_dependents",
     "data_beyond",
     "content_equal",
     "space_missing",
@@ -295,6 +298,12 @@ def test_force_leaves_a_volume_alone_that_does_not_differ():
             "cannot be replaced: it is open by domain",
         ),
         (
+            {"target": image("raw"), "target_dependents": Dependents(("web1", "web2", "/q/web3", "web4", "web5"))},
+            {"force": True},
+            "OPERATION_INVALID",
+            "cannot be replaced: 5 volumes depend on it: web1, web2, /q/web3 and 2 more",
+        ),
+        (
             {"source_writers": "qemu-io (pid 5)"},
             {},
             "IN_USE",
@@ -313,15 +322,16 @@ def test_force_leaves_a_volume_alone_that_does_not_differ():
         ({"denied": "no", "target": image()}, {"capacity": 200 * MIB}, "OPERATION_DENIED", "no"),
         ({"source": image(unclean="dirty")}, {}, "CORRUPT_IMAGE", "marked dirty"),
         ({"source_corrupt": "volume 'base' is corrupt"}, {}, "CORRUPT_IMAGE", "is corrupt"),
-        ({"target": image(data_file=True)}, {"capacity": 200 * MIB}, "UNSAFE_IMAGE", "another file"),
-        ({"target": image(data_file=True)}, {"compare": "content"}, "UNSAFE_IMAGE", "another file"),
+        ({"target": image(data_file="")}, {"capacity": 200 * MIB}, "UNSAFE_IMAGE", "another file"),
+        ({"target": image(data_file="x")}, {"compare": "content"}, "UNSAFE_IMAGE", "another file"),
         ({"target": image(unreadable="it is torn")}, {}, "DIFFERS", "it is torn"),
-        ({"source": image(data_file=True)}, {}, "UNSAFE_IMAGE", "another file"),
+        ({"source": image(data_file="x")}, {}, "UNSAFE_IMAGE", "another file"),
         ({"source": image(capacity=65 << 40)}, {}, "UNSAFE_IMAGE", "max_capacity"),
         ({"source": image("raw")}, {"qcow2": {"compat": "1.1"}}, "INVALID_ARG", "qcow2: ['compat'] has no meaning"),
         ({"source": image("raw")}, {"preallocation": "metadata"}, "CONFIG_UNSUPPORTED", "preallocation=metadata"),
         ({"source": image("vdi")}, {"preallocation": "falloc"}, "CONFIG_UNSUPPORTED", "format vdi"),
-        ({}, {"format": "raw", "method": "reflink"}, "NO_SUPPORT", "method=reflink"),
+        ({}, {"format": "vdi", "method": "reflink"}, "NO_SUPPORT", "a conversion of the format vdi writes new blocks"),
+        ({}, {"preallocation": "falloc", "method": "reflink"}, "NO_SUPPORT", "preallocation=falloc asks for blocks of its own"),
         ({"unshareable": "it is far away"}, {"method": "reflink"}, "NO_SUPPORT", "method=reflink is not possible"),
         ({"source": image("raw", 0)}, {"format": "vmdk"}, "CONFIG_UNSUPPORTED", "a vmdk volume of 0 bytes"),
         ({}, {"method": "libvirt"}, "INVALID_ARG", "method=libvirt needs a libvirt pool"),
@@ -399,6 +409,7 @@ def test_a_check_run_expects_the_pool_that_an_earlier_task_makes():
         ("denied", {}, {}),
         ("target_users", {"target": image()}, {"capacity": 200 * MIB}),
         ("target_users", {"target": image()}, {"mode": Mode("0600")}),
+        ("target_dependents", {"target": image("raw")}, {"force": True}),
         ("data_beyond", {"source": image("raw")}, {"capacity": MIB, "allow_shrink": True}),
         ("content_equal", {"target": image()}, {"compare": "content"}),
     ],
@@ -410,8 +421,24 @@ def test_the_planner_asks_for_what_it_needs(question, known, stated):
 
 
 def test_a_volume_as_stated_needs_no_costly_fact():
-    unknown = dict.fromkeys(("source_writers", "target_users", "data_beyond", "content_equal", "space_missing", "denied"))
+    costly = ("source_writers", "target_users", "target_dependents", "data_beyond", "content_equal", "space_missing", "denied")
+    unknown = dict.fromkeys(costly)
     assert plan(source=image(), target=image(), **unknown).steps == ()
+    assert plan(source=image(), target=image(), force=True, **unknown).steps == ()
+
+
+@pytest.mark.parametrize(
+    "target, stated, actions",
+    [(None, {}, ["created"]), (image(), {"capacity": 200 * MIB, "mode": Mode("0600")}, ["grown", "permissions"])],
+)
+def test_only_a_replacement_asks_who_depends_on_the_volume(target, stated, actions):
+    assert plan(source=image(), target=target, target_dependents=None, force=True, **stated).actions == actions
+
+
+def test_a_replacement_warns_of_what_may_depend_on_the_volume():
+    result = plan(source=image(), target=image("raw"), force=True, target_dependents=Dependents(untold=("cut", "pool 'q'")))
+    assert result.actions == ["replaced"]
+    assert result.warnings == ("whether anything depends on volume 'clone' of pool '/p' cannot be told of cut, pool 'q'",)
 
 
 # --- a volume made from nothing -------------------------------------------------------------------------------------------
@@ -466,3 +493,49 @@ def test_a_check_run_presumes_the_pool_of_a_blank_volume():
 def test_a_blank_volume_of_no_bytes_is_refused_where_nobody_could_open_it():
     with pytest.raises(CloneError, match="0 bytes"):
         blank(capacity=0, format="vmdk")
+
+
+# --- sharing blocks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "known, stated, unshared",
+    [
+        ({}, {}, None),
+        ({}, {"format": "raw"}, None),
+        ({"source": image("raw")}, {"format": "qcow2"}, None),
+        ({"source": image(backing="b")}, {}, None),
+        ({}, {"method": "reflink", "format": "raw"}, None),
+        ({"unshareable": "it is far away"}, {}, "it is far away"),
+        ({"unshareable": "it is far away"}, {"format": "raw"}, "it is far away"),
+        ({}, {"method": "copy"}, "method is copy"),
+        ({}, {"method": "copy", "format": "raw"}, "method is copy"),
+        ({}, {"format": "vdi"}, "a conversion of the format vdi writes new blocks"),
+        ({"source": image("vdi")}, {"format": "raw"}, "a conversion of the format vdi writes new blocks"),
+        ({"source": image("vdi")}, {}, None),
+        ({"source": image("raw")}, {"preallocation": "full"}, "preallocation=full asks for blocks of its own"),
+        ({}, {"preallocation": "metadata"}, None),
+    ],
+)
+def test_why_blocks_are_not_even_tried_to_be_shared(known, stated, unshared):
+    (step,) = plan(**{"source": image(), **known}, **stated).steps
+    assert step.unshared == unshared
+
+
+@pytest.mark.parametrize(
+    "made, step, serves",
+    [
+        (("qcow2", 5), ("qcow2", 5), True),
+        (("qcow2", 5), ("qcow2", 6), True),
+        (("qcow2", 6), ("qcow2", 5), False),
+        (("vdi", 5), ("vdi", 5), True),
+        (("vdi", 5), ("vdi", 6), False),
+        (("raw", 5, "falloc"), ("raw", 6, "falloc"), True),
+        (("qcow2", 5, "falloc"), ("qcow2", 5, "falloc"), False),
+    ],
+)
+def test_which_volume_just_made_serves_in_place_of_the_source(made, step, serves):
+    def create(image_format, capacity, preallocation="off"):
+        return Create("convert", image_format, capacity, planner.Ownership(), preallocation=preallocation)
+
+    assert planner.donates(create(*made), create(*step)) is serves

@@ -86,7 +86,7 @@ def test_states(had, state, actions):
     assert list(plan.actions) == actions
     assert (plan.before is None) == (had is None)
     assert (plan.after is None) == (state == "absent")
-    assert (plan.before != plan.after) == bool(actions) or not (had is None or had.persistent)
+    assert (plan.before != plan.after) == bool(actions)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_what_cannot_be_built(desired, message):
         (
             None,
             NETFS,
-            {"others": (replace(NETFS, name="q", target_path="/q"),)},
+            {"others": (replace(NETFS, name="q", uuid="v", target_path="/q"),)},
             "OPERATION_INVALID",
             "pool_source: '/x' of 'nas' is that of pool 'q' already",
         ),
@@ -369,8 +369,8 @@ def test_refusals(had, desired, known, code, message):
 def test_pools_that_share_nothing_are_no_conflict():
     others = (
         Definition("logical", "q", target_path="/p"),
-        replace(NETFS, name="r", target_path="/r", source=replace(NETFS.source, dir="/y")),
-        replace(NETFS, name="s", target_path="/s", source=replace(NETFS.source, hosts=(Host("other"),))),
+        replace(NETFS, name="r", uuid="v", target_path="/r", source=replace(NETFS.source, dir="/y")),
+        replace(NETFS, name="s", uuid="w", target_path="/s", source=replace(NETFS.source, hosts=(Host("other"),))),
     )
     for desired in (DIR, NETFS):
         planner.plan(request(type=desired.type), facts(None, desired, others=others))
@@ -459,3 +459,34 @@ def test_a_check_run_takes_it_that_an_earlier_task_empties_a_directory():
     made = planner.plan(Request("/p", state="absent"), Facts(directory=replace(THERE, entry="web"), check_mode=True))
     assert made.actions == ("removed",)
     assert "'web'" in made.warnings[0] and "an earlier task deletes" in made.warnings[0]
+
+
+# --- what libvirt would get wrong -----------------------------------------------------------------------------------------
+
+
+def test_the_uuid_of_another_pool_is_refused():
+    code, msg = refusal(request(xml="<pool/>"), facts(None, DIR, others=(Definition("dir", "other", "u", "/other"),)))
+    assert code == "OPERATION_INVALID" and "uuid u" in msg and "'other'" in msg
+
+
+@pytest.mark.parametrize("desired, refuses", [(DIR, False), (FS, True), (NETFS, True)])
+def test_a_path_with_a_symbolic_link_is_refused_where_something_is_mounted(desired, refuses):
+    stated, known = request(type=desired.type), facts(None, desired, directory=replace(THERE, real="/real"))
+    if not refuses:
+        assert planner.plan(stated, known).actions == ("defined", "started")
+        return
+    code, msg = refusal(stated, known)
+    assert code == "INVALID_ARG" and "target_path" in msg and "'/real'" in msg
+
+
+@pytest.mark.parametrize("state", ["inactive", "absent"])
+def test_a_pool_that_libvirt_would_not_unmount_is_not_stopped(state):
+    code, msg = refusal(request(state=state), facts(pool(FS, mounted="/real")))
+    assert code == "OPERATION_INVALID" and "'/real'" in msg and "unmount it first" in msg
+
+
+def test_a_pool_whose_file_system_died_is_stopped_though_not_called_as_it_should_be():
+    dead = replace(THERE, broken="cannot be looked at: Input/output error")
+    known = facts(pool(FS, mounted="/p"), directory=dead)
+    assert planner.plan(request(type="fs", state="inactive"), known).actions == ("stopped",)
+    assert refusal(request(type="fs"), known) == ("IO_ERROR", "target_path: '/p' cannot be looked at: Input/output error")

@@ -129,7 +129,7 @@ def test_a_sound_header(open_file):
     image = probe.read_qcow2(open_file(data), len(data), "it")
     assert (image.format, image.capacity, image.snapshots, image.backing_format) == ("qcow2", 1 << 20, 2, "raw")
     assert image.qcow2 == probe.Qcow2Features("1.1", 65536, True, False, "zlib", 8)
-    assert (image.backing, image.data_file, image.encrypted, image.unclean) == (None, False, False, None)
+    assert (image.backing, image.data_file, image.encrypted, image.unclean) == (None, None, False, None)
 
 
 @pytest.mark.parametrize(
@@ -163,11 +163,20 @@ def test_what_cannot_be_is_refused(open_file, fields, code, words):
 
 
 @pytest.mark.parametrize(
-    "bits, field, value", [(1, "unclean", "dirty"), (2, "unclean", "corrupt"), (4, "data_file", True), (16, "unclean", None)]
+    "bits, field, value", [(1, "unclean", "dirty"), (2, "unclean", "corrupt"), (4, "data_file", ""), (16, "unclean", None)]
 )
 def test_incompatible_features(open_file, bits, field, value):
     data = qcow2(incompatible=bits)
     assert getattr(probe.read_qcow2(open_file(data), len(data), "it"), field) == value
+
+
+@pytest.mark.parametrize(
+    "bits, recorded, name", [(4, b"disk.raw", "disk.raw"), (4, b"/p/\xff\0more", "/p/\udcff"), (0, b"disk.raw", None)]
+)
+def test_the_name_of_a_data_file(open_file, bits, recorded, name):
+    extension = struct.pack(">II", 0x44415441, len(recorded)) + recorded.ljust(-(-len(recorded) // 8) * 8, b"\0")
+    data = qcow2(incompatible=bits, extensions=extension)
+    assert probe.read_qcow2(open_file(data), len(data), "it").data_file == name
 
 
 def vmdk(descriptor, capacity=8):
@@ -210,3 +219,24 @@ def test_parts_of_something_larger_are_refused(open_file, image_format, data, wo
 )
 def test_images_that_stand_alone_pass(open_file, image_format, data):
     probe.refuse_parents(open_file(data), image_format, "it")
+
+
+FLAT = 'createType="twoGbMaxExtentFlat"\nRW 8 FLAT "one.vmdk" 0\r\n rdonly  8\tSPARSE "/p/two three"\nRW x FLAT "no" 0\n'
+
+
+@pytest.mark.parametrize(
+    "data, names",
+    [
+        (b"# Disk DescriptorFile\n" + FLAT.encode(), ("one.vmdk", "/p/two three")),
+        (b'# Disk DescriptorFile\nRW 8 FLAT "\xff" 0\n\0RW 8 FLAT "after" 0\n', ("\udcff",)),
+        (b'# Disk DescriptorFile\nparentFileNameHint="base.vmdk"\n', ("base.vmdk",)),
+        (vmdk(FLAT, 0), ("one.vmdk", "/p/two three")),
+        # It is the extent that its descriptor names, by a name that it may no longer have.
+        (vmdk(FLAT), ()),
+        (vmdk('parentFileNameHint="base.vmdk"\n' + FLAT), ("base.vmdk",)),
+        (b"KDMV", ()),
+        (b"COWD" + bytes(508), ()),
+    ],
+)
+def test_what_a_vmdk_refers_to(open_file, data, names):
+    assert probe.vmdk_references(open_file(data)) == names

@@ -34,6 +34,8 @@ def plan(facts, **request):
         (THERE, {"wipe": "gutmann"}, ("wiped", "deleted")),
         ({**THERE, "dependents": ABOVE}, {"force": True}, ("deleted",)),
         ({**THERE, "dependents": ABOVE}, {"force": True, "wipe": "trim"}, ("wiped", "deleted")),
+        ({**THERE, "untold": ("cut",)}, {"force": True}, ("deleted",)),
+        ({**THERE, "unseen": ("q",)}, {}, ("deleted",)),
         # Another name of the file keeps its data, unless it is wiped.
         ({**THERE, "links": 2}, {}, ("deleted",)),
         ({**THERE, "kept": "for a reason"}, {"wipe": "zero"}, ("wiped", "deleted")),
@@ -54,6 +56,12 @@ def test_what_is_done(facts, request_, actions):
             {},
             "OPERATION_INVALID",
             ["5 volumes depend on it: web1, web2, /other/web3 and 2 more;"],
+        ),
+        (
+            {**THERE, "untold": ("cut", "/q/cut2")},
+            {},
+            "OPERATION_INVALID",
+            ["'web'", "cannot be told of cut, /q/cut2", "force=true"],
         ),
         ({**THERE, "users": "domain 'a'"}, {}, "IN_USE", ["'web'", "open by domain 'a'"]),
         ({**THERE, "users": "domain 'a'"}, {"force": True, "wipe": "zero"}, "IN_USE", ["open by domain 'a'"]),
@@ -77,9 +85,10 @@ def test_what_is_refused(facts, request_, code, words):
 @pytest.mark.parametrize(
     "facts, request_, words",
     [
-        ({"missing": "pool 'p' is not active"}, {}, ["pool 'p' is not active", "check run"]),
+        ({"missing": "pool 'p' is not active"}, {}, ["pool 'p' is not active", "'web'", "fails unless an earlier task"]),
         ({**THERE, "dependents": ABOVE}, {"force": True}, ["deleted although 5 volumes depend on it: web1,"]),
-        ({**THERE, "untold": ("cut", "pool 'q' cannot be looked into")}, {}, ["'web'", "cannot be told of cut, pool 'q'"]),
+        ({**THERE, "untold": ("cut", "/q/cut2")}, {"force": True}, ["'web'", "cannot be told of cut, /q/cut2"]),
+        ({**THERE, "unseen": ("q", "r")}, {}, ["'web'", "cannot be told of pool 'q', pool 'r'"]),
         ({**THERE, "kept": "other files share it"}, {"wipe": "zero"}, ["stays on the disk: other files share it"]),
     ],
 )

@@ -243,3 +243,46 @@ def test_what_a_blank_volume_cannot_be(code, stated, word):
     with pytest.raises(CloneError, match=word) as caught:
         request.blank_from_parameters({"pool": "/p", **stated})
     assert caught.value.code == code
+
+
+# --- many volumes ---------------------------------------------------------------------------------------------------------
+
+
+def many(volumes, **params):
+    return request.many_from_parameters({"pool": "/p", "source": "base", **params, "volumes": volumes})
+
+
+def test_what_an_entry_does_not_state_is_as_the_task_states_it():
+    none = {"capacity": None, "format": None, "owner": None, "group": None, "mode": None, "xml": None}
+    first, second = many(
+        [{**none, "name": "a"}, {**none, "name": "b", "capacity": "2M", "mode": "0640"}], capacity="1M", format="raw"
+    )
+    assert (first.name, first.capacity, first.format, first.mode) == ("a", 1 << 20, "raw", None)
+    assert (second.name, second.capacity, second.format, second.mode.octal) == ("b", 2 << 20, "raw", 0o640)
+
+
+def test_an_entry_s_name_wins_over_its_xml():
+    (only,) = many([{"name": "a", "xml": XML}])
+    assert (only.name, only.capacity) == ("a", 3 << 20)
+
+
+@pytest.mark.parametrize(
+    "volumes, text",
+    [
+        ([], "volumes: [] names no volume"),
+        ([{"name": "a"}, {"name": "a"}], "volumes[1]: name: 'a' appears twice"),
+        ([{"name": "a"}, {"name": "b", "capacity": "much"}], "volumes[1] ('b'): capacity: 'much'"),
+        ([{"name": "a/b"}], "volumes[0] ('a/b'): name: 'a/b' contains '/'"),
+    ],
+)
+def test_a_mistake_in_an_entry_names_it(volumes, text):
+    with pytest.raises(CloneError) as caught:
+        many(volumes)
+    assert caught.value.code == "INVALID_ARG"
+    assert text in caught.value.msg
+
+
+def test_bwlimit_is_bytes_per_second_and_more_than_none():
+    assert build(bwlimit="10MiB").bwlimit == 10 << 20
+    with pytest.raises(CloneError, match="bwlimit"):
+        build(bwlimit="0")
