@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 
 import harness
 import pytest
@@ -69,7 +68,8 @@ def test_a_tebibyte_costs_what_a_gibibyte_with_the_same_data_does(directory, kin
             (place / "web").unlink()
     clone(pool=place, source=large.name, name="web", method=method, format=image_format)
     assert same_content(large, "raw", place / "web", image_format)
-    of_small, of_large = (statistics.median(spent) for spent in seconds.values())
+    # The least: other tests run beside this one.
+    of_small, of_large = (min(spent) for spent in seconds.values())
     assert of_large <= 1.5 * of_small + 0.1, seconds
 
 

@@ -180,7 +180,7 @@ def test_bwlimit_holds(file_systems, stated):
     raw = make_raw(place / "base.raw", 64 * MIB, ((8, 24),))
     started = time.monotonic()
     volume = clone(pool=place, source_path=raw, name="web", bwlimit="8MiB", **stated)["volume"]
-    assert 0.9 * 24 / 8 <= volume["duration"] <= 1.1 * 24 / 8 + 0.3, (volume["duration"], time.monotonic() - started)
+    assert 0.9 * 24 / 8 <= volume["duration"] <= 1.1 * 24 / 8 + 2, (volume["duration"], time.monotonic() - started)
     assert same_content(raw, "raw", place / "web", volume["format"])
     for name in ("web", "base.raw"):
         (place / name).unlink()
@@ -276,7 +276,7 @@ def test_a_thousand_volumes_that_are_there_cost_little(pool, raw):
     clone(**params)
     nothing = {"pool": pool, "source": "base.raw", "name": "web0"}
     spent = {}
-    for name, what in (("nothing", nothing), ("thousand", params), ("nothing", nothing), ("thousand", params)):
+    for name, what in 3 * (("nothing", nothing), ("thousand", params)):
         started = time.monotonic()
         assert not clone(**what)["changed"]
         spent[name] = min(spent.get(name, 99), time.monotonic() - started)
