@@ -37,8 +37,8 @@ def directory(file_systems):
         shutil.rmtree(place)
 
 
-#: Runs a command and says the peak memory in KiB of the largest of its processes. A process starts with the peak of the one that
-#: started it (setmax_mm_hiwater_rss() in the kernel's exec), which must therefore be a small one, not pytest.
+#: Runs a command and says the peak memory in KiB of the largest of its processes. A process starts with the peak of the one
+#: that started it (setmax_mm_hiwater_rss() in the kernel's exec), which must therefore be a small one, not pytest.
 MEASURE = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:])

@@ -13,7 +13,8 @@ import json
 import os
 import time
 import typing as t
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from .. import _xml
@@ -129,7 +130,7 @@ def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Tran
 def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
     what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
     held = [(image.fd, image.what, image.version) for image in scene.layers]
-    with guards.Hold(held) as hold, staging.Staging(scene.pool.fd) as staged:
+    with guards.Hold(held) as hold, staging.Staging(scene.pool.fd) as staged, source_checked(scene) as expect_sound:
 
         def watch() -> None:
             scene.deadline.check(f"making {what}")
@@ -139,6 +140,7 @@ def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
         try:
             watch()
             os.fsync(staged.fd)
+            expect_sound()
             hold.finish()
             if step.replaces:
                 refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
@@ -148,6 +150,27 @@ def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
         except (OSError, CloneError) as exc:
             raise _failed(scene, step, staged.fd, exc, f"writing {what}") from exc
     return transfer
+
+
+@contextmanager
+def source_checked(scene: Scene) -> t.Iterator[t.Callable[[], None]]:
+    """``qemu-img check`` of the source, beside the work. What it gives waits for it; of a work that fails it is the reason.
+
+    :raises CloneError: ``CORRUPT_IMAGE``
+    """
+    with ThreadPoolExecutor(1) as worker:
+        verdict = worker.submit(scene.source_corrupt)
+
+        def expect_sound() -> None:
+            corrupt = verdict.result()
+            if corrupt:
+                raise CloneError("CORRUPT_IMAGE", corrupt)
+
+        try:
+            yield expect_sound
+        except (CloneError, OSError):
+            expect_sound()
+            raise
 
 
 def fill(scene: Scene, step: Create, staged: staging.Staging, what: str, watch: t.Callable[[], None]) -> t.Optional[Transfer]:
@@ -352,6 +375,8 @@ def _create_by_libvirt(scene: Scene, facts: Facts, step: Create) -> Transfer:
         raise CloneError(
             "NO_SUPPORT", f"method=libvirt cannot replace volume {facts.name!r}: it would be gone if the clone fails"
         )
+    with source_checked(scene) as expect_sound:
+        expect_sound()
     features = step.qcow2
     document = _xml.volume_xml(
         name=facts.name,

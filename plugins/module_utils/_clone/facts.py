@@ -403,7 +403,7 @@ class Scene:
         """The facts with the one that the planner asked for."""
         answers: t.Dict[str, t.Callable[[], t.Any]] = {
             "source_writers": self._source_writers,
-            "source_corrupt": self._source_corrupt,
+            "source_corrupt": lambda: self.source_corrupt() if self.check_mode else "",
             "target_users": lambda: self._target_users(facts),
             "target_dependents": lambda: self._target_dependents(facts),
             "data_beyond": self._data_beyond,
@@ -422,8 +422,11 @@ class Scene:
     def _source_writers(self) -> str:
         return next((who for who in map(guards.writers, (image.fd for image in self.layers)) if who), "")
 
-    def _source_corrupt(self) -> str:
-        """What ``qemu-img check`` says of the first image that is not sound. Leaked clusters (status 3) are no damage."""
+    def source_corrupt(self) -> str:
+        """What ``qemu-img check`` says of the first image that is not sound. Leaked clusters (status 3) are no damage.
+
+        A run asks beside its work, before anything is published.
+        """
         for image in self.layers:
             # An encrypted image cannot be checked without its key.
             if image.image.format in probe.CHECKABLE and not image.image.encrypted:

@@ -93,7 +93,7 @@ def run(requests: t.Sequence[Request], check_mode: bool) -> t.Dict[str, t.Any]:
             for start in range(0, len(todo), _BATCH):
                 _change(first, todo[start : start + _BATCH])
             made = any(job.plan and job.plan.steps and not job.error for job in jobs)
-            if made or not all(first.pool.lists(t.cast(str, job.request.name)) for job in jobs if not job.error):
+            if made or not first.pool.lists(*(t.cast(str, job.request.name) for job in jobs if not job.error)):
                 first.pool.refresh(first.deadline.sooner(first.request.lock_timeout, "lock_timeout"))
         return result.build_many(jobs)
 
@@ -157,7 +157,7 @@ def _create_all(first: Scene, jobs: t.Sequence[Job]) -> None:
     if not jobs:
         return
     held = [(image.fd, image.what, image.version) for image in first.layers]
-    with guards.Hold(held) as hold, ExitStack() as stack:
+    with guards.Hold(held) as hold, executor.source_checked(first) as expect_sound, ExitStack() as stack:
         for job in jobs:
             job.attempt(functools.partial(_stage, job, stack))
 
@@ -170,6 +170,7 @@ def _create_all(first: Scene, jobs: t.Sequence[Job]) -> None:
         try:
             watch()
             staging.sync_all([t.cast(staging.Staging, job.staged).fd for job in whole])
+            expect_sound()
             hold.finish()
             for job in whole:
                 job.attempt(functools.partial(_name, job))

@@ -99,7 +99,7 @@ class Facts:
     # Asked for when needed:
     #: who has the source open for writing; empty for nobody
     source_writers: t.Optional[str] = None
-    #: why ``qemu-img check`` finds a source unsound; empty when it is sound
+    #: why ``qemu-img check`` finds a source unsound; empty when it is sound, or when that is looked at beside the work
     source_corrupt: t.Optional[str] = None
     #: that what lies below the target was opened and is where it may be
     target_chain: t.Optional[bool] = None

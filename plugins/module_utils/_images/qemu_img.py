@@ -106,7 +106,7 @@ def convert(
     ``-W`` lets writes land out of order: a staged file has no reader that would mind. For raw and qcow2 only: QEMU's qed driver
     aborts on it (assertion "allocating_acb == NULL" in 7.2).
     """
-    how = ["-C"] if share else ["-W"] if target.format in ("raw", "qcow2") else []
+    how = [*(["-C"] if share else []), *(["-W"] if target.format in ("raw", "qcow2") else [])]
     pace = [] if bwlimit is None or share else ["-r", str(bwlimit)]
     into = ["-n", "--target-is-zero"] if exists else options
     return ["convert", *how, *pace, *into, "-O", target.format, *source_arguments(layers), target.path]

@@ -96,8 +96,8 @@ class DirectoryPool:
         """Domains that use a volume; empty for none, or where nobody can tell."""
         return ""
 
-    def lists(self, name: str) -> bool:
-        """Whether everybody who asks for the pool's volumes is told of this one."""
+    def lists(self, *names: str) -> bool:
+        """Whether everybody who asks for the pool's volumes is told of all of these."""
         return True
 
     def refresh(self, deadline: Deadline) -> None:

@@ -329,10 +329,12 @@ class LibvirtPool(DirectoryPool):
     def users_of(self, path: str) -> str:
         return self._connection.users_of(path)
 
-    def lists(self, name: str) -> bool:
+    def lists(self, *names: str) -> bool:
         libvirt = libvirt_module()
         try:
-            self._pool.storageVolLookupByName(name)
+            if len(names) != 1:
+                return set(names).issubset(self._pool.listVolumes())
+            self._pool.storageVolLookupByName(names[0])
         except libvirt.libvirtError:
             return False
         return True

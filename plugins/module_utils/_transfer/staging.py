@@ -75,16 +75,15 @@ class Staging:
         os.fchmod(self.fd, mode)
 
     def publish(self, name: str, replace: bool) -> None:
-        """Make the file durable and give it its name, durably.
+        """Give the file, which is durable by now, its name, durably.
 
         :raises FileExistsError: when the name is taken and ``replace`` is not set
         """
-        os.fsync(self.fd)
         self.name(name, replace)
         os.fsync(self._directory)
 
     def name(self, name: str, replace: bool) -> None:
-        """Give the file its name; for who sees to it himself that the file is durable before, and its name after.
+        """Give the file, which is durable by now, its name; for who sees to it himself that the name is durable after.
 
         :raises FileExistsError: when the name is taken and ``replace`` is not set
         """
