@@ -82,9 +82,7 @@ class Makers:
 
     def __init__(self, place: Place, scratch: Path) -> None:
         self.place, self.scratch = place, scratch
-        # Each run would compile what it imports, and some take longer than others over that.
-        self._environment = {**harness.environment(), "PYTHONPYCACHEPREFIX": str(scratch / "pycache")}
-        del self._environment["PYTHONDONTWRITEBYTECODE"]
+        self._environment = harness.environment()
         self._files = 0
 
     def _path(self, name: str) -> str:

@@ -44,7 +44,7 @@ def environment(**more):
         "HOME": "/root",
         "LC_ALL": "C.UTF-8",
         "PYTHONPATH": library,
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPYCACHEPREFIX": str(ROOT / ".venv" / "pycache"),
         **more,
     }
 
