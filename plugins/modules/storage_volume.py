@@ -201,6 +201,8 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     **_argspec.LAYOUT,
     **_argspec.OWNERSHIP,
     "resize": {"type": "bool", "default": True},
+    "flatten": {"type": "bool", "default": False},
+    "source_pool": {"type": "str"},
     "wipe": {"type": "bool", "default": False},
     "wipe_algorithm": {
         "type": "str",
@@ -223,7 +225,7 @@ def check(params: t.Mapping[str, t.Any], on_host: bool = True) -> t.Union[reques
 
 
 def declare(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.Any]:
-    respawn_for_pools([params["pool"]], params["xml"] is not None)
+    respawn_for_pools([params["pool"], params["source_pool"]], params["xml"] is not None)
     wanted = check(params)
     return removal.run(wanted, check_mode) if isinstance(wanted, removal.Removal) else executor.run(wanted, check_mode)
 

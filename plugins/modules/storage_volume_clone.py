@@ -117,7 +117,7 @@ options:
       - V(full) makes a volume that stands alone; it is what is made without this option too.
       - Where stated, a volume that exists and has a backing store differs.
     type: str
-    choices: [full]
+    choices: [full, linked]
   format:
     description:
       - Format of the new volume, one of V(raw), V(qcow2), V(vmdk), V(vdi), V(vhdx), V(vpc), V(qed) and V(qcow).
@@ -473,7 +473,7 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     "source_path": {"type": "path"},
     "source_pool": {"type": "str"},
     "source_format": {"type": "str"},
-    "clone_type": {"type": "str", "choices": ["full"]},
+    "clone_type": {"type": "str", "choices": ["full", "linked"]},
     "format": {"type": "str"},
     "capacity": {"type": "str", "aliases": ["size"]},
     "allow_shrink": {"type": "bool", "default": False},

@@ -25,7 +25,7 @@ from .._pools.libvirt import LibvirtPool
 from .._transfer import file_copy, guards, locks, pace, staging
 from . import planner, result
 from .facts import Scene
-from .planner import Create, Facts, Grow, Ownership, Plan, SetPermissions
+from .planner import Backing, Create, Facts, Grow, Ownership, Plan, SetPermissions
 from .request import Request
 
 # Each round means that the world changed after we had looked: another host or user published the name, or the source was
@@ -37,7 +37,7 @@ _COLD = 32 << 20
 
 @dataclass
 class Transfer:
-    """How the data got there: ``reflink``, ``copy``, ``convert`` or ``libvirt``, and why nothing better served."""
+    """How the data got there: ``reflink``, ``copy``, ``convert``, ``link`` or ``libvirt``, and why nothing better served."""
 
     name: str
     fallback_reason: t.Optional[str] = None
@@ -103,8 +103,9 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
 
 
 def source_locks(scene: Scene) -> t.List[str]:
-    """Names of the locks of the source and all below it."""
-    return [locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in scene.layers]
+    """Names of the locks of the source and all below it; of a volume to be flattened, which is locked itself, all below it."""
+    layers = scene.layers[1:] if scene.request.flatten else scene.layers
+    return [locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in layers]
 
 
 def wait_for_source(scene: Scene) -> None:
@@ -178,8 +179,9 @@ def fill(scene: Scene, step: Create, staged: staging.Staging, what: str, watch: 
     try:
         if step.nocow is not None:
             staging.set_nocow(staged.fd, step.nocow)
-        transfer = {"copy": _copy, "convert": _convert, "blank": _leave_blank}[step.route](scene, step, staged.fd, what, watch)
-        _expect_capacity(staged.fd, step, what)
+        routes = {"copy": _copy, "convert": _convert, "link": _link, "blank": _leave_blank}
+        transfer = routes[step.route](scene, step, staged.fd, what, watch)
+        _expect(staged.fd, step, what)
         if scene.request.verify and scene.layers:
             _verify(scene, step, staged.fd, what, watch)
         staged.own(*_ownership(step.owner))
@@ -284,6 +286,18 @@ def _convert(scene: Scene, step: Create, target: int, what: str, watch: t.Callab
     return Transfer("convert", reason if scene.request.method != "copy" else None)
 
 
+def _link(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> Transfer:
+    """An overlay of the source. What it records is a name, so the name has to mean the file that was judged."""
+    source, backing = scene.layers[0], t.cast(Backing, step.backing)
+    options = qemu_img.creation_options(step.format, step.qcow2, step.preallocation)
+    below = (backing.path, t.cast(str, backing.format))
+    arguments = qemu_img.create(Layer(target, step.format), options, step.capacity, below)
+    scene.qemu.run(arguments, {target: what}, f"making {what}", watch)
+    if not os.path.samestat(os.stat(backing.path), os.fstat(source.fd)):
+        raise CloneError("IN_USE", f"{source.what} was replaced while it was looked at")
+    return Transfer("link")
+
+
 def _layers(scene: Scene, step: Create) -> t.List[Layer]:
     """The source as far as it is cloned: only raw ones are shrunk, and only where nothing but zeros is cut off."""
     layers = [image.layer for image in scene.layers]
@@ -327,18 +341,23 @@ def _verify(scene: Scene, step: Create, target: int, what: str, watch: t.Callabl
     pace.forget(target)
     names = {image.fd: image.what for image in scene.layers}
     names[target] = what
-    arguments = qemu_img.compare(_layers(scene, step), [Layer(target, step.format)])
+    layers = _layers(scene, step)
+    arguments = qemu_img.compare(layers, [Layer(target, step.format), *(layers if step.backing else ())])
     if scene.qemu.run(arguments, names, f"comparing {what} with its source", watch, accept=(0, 1))[0]:
         raise CloneError("IO_ERROR", f"verify: {what} does not read as {scene.layers[0].what} does")
 
 
-def _expect_capacity(target: int, step: Create, what: str) -> None:
+def _expect(target: int, step: Create, what: str) -> None:
     """The last look before a volume gets its name; only where it costs one small read."""
     size = os.fstat(target).st_size
     if step.format == "raw":
         capacity = size
     elif step.format == "qcow2":
-        capacity = probe.read_qcow2(target, size, what).capacity
+        image = probe.read_qcow2(target, size, what)
+        capacity = image.capacity
+        wanted = step.backing
+        if image.backing != (wanted.path if wanted else None) or (wanted and image.backing_format != wanted.format):
+            raise CloneError("IO_ERROR", f"{what} came out with the backing store {image.backing!r} instead of {wanted}")
     else:
         return
     if capacity != step.capacity:

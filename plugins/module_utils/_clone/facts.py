@@ -164,17 +164,21 @@ class Scene:
             Facts(facts, source, self._target(pool, name, source), name, self.check_mode, default_label=label)
         )
 
-    @staticmethod
-    def _with_user(facts: Facts) -> Facts:
-        return replace(facts, uid=os.geteuid(), gid=os.getegid(), groups=tuple(os.getgroups()))
+    def _with_user(self, facts: Facts) -> Facts:
+        stated = self.request.backing_path
+        is_source = stated is None or os.path.realpath(stated) == os.path.realpath(facts.source.key)
+        return replace(facts, uid=os.geteuid(), gid=os.getegid(), groups=tuple(os.getgroups()), backing_is_source=is_source)
 
     def _source(self) -> SourceFacts:
         request = self.request
         if request.blank:
             return SourceFacts("nothing", "")
         if request.source_path is not None:
-            facts = SourceFacts(f"source_path {request.source_path!r}", request.source_path)
-            return self._open_source(facts, os.path.realpath(request.source_path), None)
+            path = os.path.realpath(request.source_path)
+            facts = SourceFacts(f"source_path {request.source_path!r}", request.source_path, key=self._key_of(path))
+            if not self._missing and not self._inside(path):
+                facts = replace(facts, outside=os.path.dirname(path))
+            return self._open_source(facts, path, None)
         name, pool_name = t.cast(str, request.source), request.effective_source_pool
         facts = SourceFacts(f"volume {name!r} of pool {pool_name!r}", name, pool_name, name)
         pool = self._pools.get(pool_name)
@@ -187,7 +191,7 @@ class Scene:
             path = os.path.realpath(path)
             if os.path.lexists(path):
                 self._refuse_outside(path, f"{facts.what} is a symbolic link to {path!r}")
-        return self._open_source(facts, path, pool)
+        return self._open_source(replace(facts, key=self._key_of(os.path.realpath(path))), path, pool)
 
     def _open_source(self, facts: SourceFacts, path: str, pool: t.Optional[DirectoryPool]) -> SourceFacts:
         try:
@@ -299,17 +303,22 @@ class Scene:
             raise CloneError(
                 "OPERATION_DENIED", f"the target in pool {self.pool.name!r} cannot be opened by this user; use become"
             )
-        what = f"volume {os.path.basename(_path_of(self.target_fd))!r} of pool {self.pool.name!r}"
-        topmost = OpenImage(self.target_fd, what, _path_of(self.target_fd), image, False, ())
+        topmost = OpenImage(self.target_fd, self._target_name(), _path_of(self.target_fd), image, False, ())
         if image.backing is not None and not self.target_below:
             layers = [topmost]
             try:
                 self._open_chain(layers)
-            except FileNotFoundError as exc:
-                raise CloneError("NO_STORAGE_VOL", str(exc)) from exc
-            finally:
-                self.target_below = layers[1:]
+            except BaseException as exc:
+                # A part of the chain must not be taken for all of it.
+                _close_all(layers[1:])
+                if isinstance(exc, FileNotFoundError):
+                    raise CloneError("NO_STORAGE_VOL", str(exc)) from exc
+                raise
+            self.target_below = layers[1:]
         return [opened.layer for opened in (topmost, *self.target_below)]
+
+    def _target_name(self) -> str:
+        return f"volume {os.path.basename(_path_of(self.target_fd))!r} of pool {self.pool.name!r}"
 
     def _backing_path(self, above: OpenImage) -> str:
         recorded = t.cast(str, above.image.backing)
@@ -321,8 +330,16 @@ class Scene:
         self._refuse_outside(path, f"{above.what} has the backing store {path!r}")
         return path
 
+    def _inside(self, path: str) -> bool:
+        return any(pool.contains(path) for pool in self._pools.values())
+
+    def _key_of(self, path: str) -> str:
+        """What libvirt calls the file of this real path: pools may be reached by links, volumes are not."""
+        pool = next((pool for pool in self._pools.values() if pool.contains(path)), None)
+        return pool.path_of(os.path.basename(path)) if pool else path
+
     def _refuse_outside(self, path: str, why: str) -> None:
-        if not any(pool.contains(path) for pool in self._pools.values()):
+        if not self._inside(path):
             directory = os.path.dirname(path)
             advice = f"name {directory!r} as source_pool"
             if self.request.source is not None:
@@ -361,15 +378,37 @@ class Scene:
             return replace(facts, image=_image_from_xml(document))
         # The name may have come to mean another file since lstat.
         status = os.fstat(self.target_fd)
+        image = self._read_target(what, source)
+        on_source, depth = self._below_target(image, source) if image.backing is not None else (False, None)
         return replace(
             facts,
             identity=_identity(status),
-            image=self._read_target(what, source),
+            image=image,
+            on_source=on_source,
+            depth=depth,
             uid=status.st_uid,
             gid=status.st_gid,
             mode=stat.S_IMODE(status.st_mode) & 0o777,
             label=staging.get_label(self.target_fd),
         )
+
+    def _below_target(self, image: Image, source: SourceFacts) -> t.Tuple[bool, t.Optional[int]]:
+        """Whether the target's backing store is the source, and how many images lie below the target; None if that is not told.
+
+        Nothing is opened where it is: a thousand linked clones of one source are told from their headers.
+        """
+        on_source = False
+        try:
+            path = self._backing_path(OpenImage(self.target_fd, "the target", _path_of(self.target_fd), image, False, ()))
+            on_source = path == os.path.realpath(source.key)
+            if on_source and source.image is not None and source.image.format == (image.backing_format or "raw"):
+                return True, len(source.below) + 1
+            return on_source, len(self.target_layers(image)) - 1
+        except CloneError as exc:
+            if exc.code == "TIMEOUT":
+                raise
+            # It lies outside the pools, is gone, or cannot be read: only who has to read through it minds.
+            return on_source, None
 
     def _read_target(self, what: str, source: SourceFacts) -> Image:
         """A target is read as what was asked for where its bytes allow that."""
@@ -410,7 +449,7 @@ class Scene:
             "content_equal": lambda: self._content_equal(t.cast(Image, facts.target.image)),
             "space_missing": lambda: self._space_missing(t.cast(Create, asked.draft)),
             "unshareable": self._unshareable,
-            "target_chain": lambda: bool(self.target_layers(t.cast(Image, facts.target.image))),
+            "target_chain": lambda: self._target_chain(t.cast(Image, facts.target.image)),
             "denied": lambda: self._denied(asked.draft),
         }
         if asked.question in _OF_THE_SOURCE:
@@ -418,6 +457,17 @@ class Scene:
                 self.told[asked.question] = answers[asked.question]()
             return replace(facts, **{asked.question: self.told[asked.question]})
         return replace(facts, **{asked.question: answers[asked.question]()})
+
+    def _target_chain(self, image: Image) -> bool:
+        """The chain is where it may be. To be flattened, it becomes the source."""
+        topmost, *_below = self.target_layers(image)
+        if self.request.flatten:
+            # The same open file, so that we do not take ourselves for another user of it.
+            what, path = self._target_name(), _path_of(topmost.fd)
+            fd = os.dup(topmost.fd)
+            self.layers[:] = [OpenImage(fd, what, path, image, False, guards.version(fd)), *self.target_below]
+            self.target_below = []
+        return True
 
     def _source_writers(self) -> str:
         return next((who for who in map(guards.writers, (image.fd for image in self.layers)) if who), "")
@@ -486,6 +536,9 @@ class Scene:
         """
         if step.preallocation in ("falloc", "full"):
             return step.capacity
+        if step.backing is not None and step.qcow2 is not None:
+            # Three clusters of tables, and an L1 table: 8 bytes for each cluster full of entries of 8 bytes.
+            return 4 * step.qcow2.cluster_size + step.capacity // (step.qcow2.cluster_size**2 // 8) * 8
         if not self.layers:
             return 0
         topmost = self.layers[0]
@@ -514,9 +567,14 @@ class Scene:
         return max(self._space_taken(step) + reserved - self.pool.available(), 0)
 
     def _space_taken(self, step: Create) -> int:
-        if step.route == "libvirt" or (step.route != "blank" and step.unshared is None):
+        if step.route == "libvirt" or (step.route not in ("blank", "link") and step.unshared is None):
             return 0
-        if planner.kind(step) in self.told.get("kinds", ()) and not planner.own_blocks(self.request) and self._may_share():
+        if (
+            step.backing is None
+            and planner.kind(step) in self.told.get("kinds", ())
+            and not planner.own_blocks(self.request)
+            and self._may_share()
+        ):
             # It will share the blocks of the one before.
             return 0
         if step not in self.told:

@@ -227,9 +227,12 @@ def _fill(job: Job, donor: t.Optional[Job], watch: t.Callable[[], None]) -> None
         if made.route == "convert":
             image = replace(image, snapshots=0, bitmaps=0)
         job.scene.donor = OpenImage(donor.staged.fd, donor.what, "", image, False, ())
-        step = replace(step, route="copy", unshared=step.unshared if planner.own_blocks(job.request) else None)
+        unshared = step.unshared if planner.own_blocks(job.request) else None
+        # An overlay is nothing but a few tables, which would soon be shared no more.
+        step = replace(step, route="copy", unshared="it has no data" if step.backing else unshared)
 
     def work() -> None:
-        job.transfer = executor.fill(job.scene, step, t.cast(staging.Staging, job.staged), job.what, watch)
+        transfer = executor.fill(job.scene, step, t.cast(staging.Staging, job.staged), job.what, watch)
+        job.transfer = Transfer("link") if step.backing else transfer
 
     job.attempt(work)

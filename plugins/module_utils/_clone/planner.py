@@ -12,6 +12,7 @@ plans need them; they are None until :class:`Unanswered` asks for them, and then
 
 from __future__ import annotations
 
+import os
 import typing as t
 from dataclasses import dataclass, replace
 
@@ -59,6 +60,10 @@ class SourceFacts:
     below: t.Tuple[t.Tuple[int, ...], ...] = ()
     #: uid, gid and mode, known only for a file volume of a pool: a clone takes them over
     owner: t.Optional[t.Tuple[int, int, int]] = None
+    #: libvirt's key of the file, its path in the pool that it lies in: what a linked clone records
+    key: str = ""
+    #: the directory that it lies in, when that is none of the pools that the task names
+    outside: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,19 @@ class TargetFacts:
     gid: int = -1
     mode: int = 0
     label: t.Optional[str] = None
+    #: whether the backing store that the image records is the source
+    on_source: bool = False
+    #: number of images below it; None where the chain cannot be followed
+    depth: t.Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Backing:
+    """A backing store as an image records it, and how many images lie below that image; None for what is not known."""
+
+    path: str
+    format: t.Optional[str]
+    depth: t.Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,8 @@ class Facts:
     groups: t.Tuple[int, ...] = ()
     #: SELinux context that the policy has for the target's path; None without SELinux
     default_label: t.Optional[str] = None
+    #: whether the backing store that the XML states is the source
+    backing_is_source: bool = True
     # Asked for when needed:
     #: who has the source open for writing; empty for nobody
     source_writers: t.Optional[str] = None
@@ -123,7 +143,7 @@ class Create:
     """Make a new volume and publish it, in place of an old one when ``replaces``.
 
     ``route``: ``copy`` copies the file as it is and grows it, ``convert`` has qemu-img write it, ``libvirt`` has libvirt;
-    ``blank`` has no source.
+    ``link`` makes an overlay of the source; ``blank`` has no source.
     """
 
     route: str
@@ -137,6 +157,10 @@ class Create:
     dropped: t.Tuple[str, ...] = ()
     #: why blocks of the source are not even tried to be shared; None to try it
     unshared: t.Optional[str] = None
+    #: what a linked clone has below it
+    backing: t.Optional[Backing] = None
+    #: whether the old volume is itself the source, and the new one is that without its backing store
+    flattens: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +188,7 @@ class State:
     gid: t.Optional[int] = None
     mode: t.Optional[int] = None
     label: t.Optional[str] = None
+    backing: t.Optional[Backing] = None
 
 
 @dataclass(frozen=True)
@@ -179,11 +204,20 @@ class Plan:
     def actions(self) -> t.List[str]:
         names = []
         for step in self.steps:
-            if isinstance(step, Create):
+            if isinstance(step, Create) and step.flattens:
+                names += ["flattened", *self._done_along()]
+            elif isinstance(step, Create):
                 names.append("replaced" if step.replaces else "created")
             else:
                 names.append("grown" if isinstance(step, Grow) else "permissions")
         return names
+
+    def _done_along(self) -> t.List[str]:
+        """What a volume that is written anew gets in one go."""
+        before, after = t.cast(State, self.before), self.after
+        owners = [(state.uid, state.gid, state.mode, state.label) for state in (before, after)]
+        grown = ["grown"] if after.capacity != before.capacity else []
+        return grown + (["permissions"] if owners[0] != owners[1] else [])
 
 
 class Unanswered(Exception):
@@ -209,6 +243,8 @@ def plan(request: Request, facts: Facts) -> Plan:
     :raises Unanswered: a fact is missing
     """
     target = facts.target
+    if request.linked:
+        _refuse_linked(request, facts)
     if target.identity is not None and target.identity == facts.source.identity:
         raise CloneError("INVALID_ARG", f"{_what(facts)} is the source itself ({facts.source.what})")
     if target.identity in facts.source.below:
@@ -226,14 +262,16 @@ def plan(request: Request, facts: Facts) -> Plan:
 
 def kind(step: Create) -> t.Tuple[t.Any, ...]:
     """Volumes of which one may be made from another that was just made."""
-    return step.route, step.format, step.qcow2, step.preallocation, step.nocow, step.unshared
+    return step.route, step.format, step.qcow2, step.preallocation, step.nocow, step.unshared, step.backing
 
 
 def donates(made: Create, step: Create) -> bool:
     """Whether the file of a volume of the same kind can be copied, and grown, in place of the source."""
     # A copy keeps no blocks reserved; those of a raw volume are reserved anew.
     whole = made.format == "raw" or made.preallocation == "off"
-    return whole and (made.capacity == step.capacity or (made.capacity < step.capacity and made.format in GROWABLE))
+    # An overlay is made as fast as one is grown.
+    growable = made.format in GROWABLE and made.backing is None
+    return whole and (made.capacity == step.capacity or (made.capacity < step.capacity and growable))
 
 
 def own_blocks(request: Request) -> bool:
@@ -243,7 +281,39 @@ def own_blocks(request: Request) -> bool:
 
 def target_format(request: Request, source: t.Optional[Image]) -> t.Optional[str]:
     """The format asked for; None when it is not stated and the source that would give it is gone."""
-    return request.format or (source.format if source else None)
+    return request.format or ("qcow2" if request.linked else source.format if source else None)
+
+
+def _refuse_linked(request: Request, facts: Facts) -> None:
+    """What a linked clone can never be, whether or not it exists already."""
+    source = facts.source
+    if request.format not in (None, "qcow2"):
+        raise CloneError("CONFIG_UNSUPPORTED", f"format: {_what(facts)} cannot be {request.format}: a linked clone is qcow2")
+    if request.preallocation != "off":
+        # As libvirt says in its storage_util.c: "metadata preallocation conflicts with backing store".
+        raise CloneError(
+            "CONFIG_UNSUPPORTED",
+            f"preallocation={request.preallocation} is not possible for {_what(facts)}: it conflicts with a backing store",
+        )
+    if request.method in ("reflink", "copy"):
+        raise CloneError("INVALID_ARG", f"method={request.method} has no meaning for clone_type=linked, which copies no data")
+    if request.method == "libvirt":
+        raise CloneError("NO_SUPPORT", "method=libvirt cannot make a linked clone")
+    if source.outside:
+        raise CloneError(
+            "UNSAFE_IMAGE",
+            f"{source.what} lies outside the pools of this task, where no backing store of a linked clone may be;"
+            f" name {source.outside!r} as source_pool",
+        )
+    image_format = source.image.format if source.image else None
+    if not facts.backing_is_source:
+        raise CloneError(
+            "INVALID_ARG", f"xml: the <backingStore> is {request.backing_path!r}, but the source is {source.key!r}"
+        )
+    if request.backing_format and image_format and request.backing_format != image_format:
+        raise CloneError(
+            "INVALID_ARG", f"xml: the format of <backingStore> is {request.backing_format}, but {source.what} is {image_format}"
+        )
 
 
 # --- a volume of that name exists ---------------------------------------------------------------------------------------
@@ -257,6 +327,8 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
         _refuse_in_use(facts, "replaced")
         return _replacement(request, facts)
 
+    if request.flatten and image.backing is not None:
+        return _flattening(request, facts, image)
     before = _state(facts.target, image)
     warnings = []
     steps: t.List[Step] = []
@@ -293,6 +365,67 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
     return Plan(before, after, tuple(steps), tuple(warnings))
 
 
+def _flattening(request: Request, facts: Facts, image: Image) -> Plan:
+    """The volume is converted as a source is, with all that lies below it, and the result takes its place.
+
+    Not in place, by ``qemu-img rebase -b ""``: that copies what could be shared, has internal snapshots lose what they read
+    from below, and leaves an image that is killed meanwhile marked dirty where it has lazy refcounts. Price: the bitmaps.
+    Overlays of the volume stay valid, since its path, format and content stay what they are.
+    """
+    what = _what(facts)
+    if image.encrypted:
+        raise CloneError("NO_SUPPORT", f"{what} is encrypted and cannot be flattened without its secret")
+    if image.snapshots:
+        raise CloneError(
+            "OPERATION_INVALID",
+            f"{what} cannot be flattened: its {image.snapshots} internal snapshots would be lost; delete them first",
+        )
+    if image.unclean:
+        raise CloneError("CORRUPT_IMAGE", f"{what} is marked {image.unclean}: run qemu-img check on it first")
+    wanted = _stated_capacity(request, image.format)
+    capacity = round_capacity(image.format, image.capacity)
+    if wanted is not None and wanted > image.capacity:
+        _growth(request, facts, image, wanted)
+        capacity = wanted
+    _refuse_target_chain(facts, image)
+    _refuse_in_use(facts, "flattened")
+    writers = _known(facts, "source_writers")
+    if writers:
+        raise CloneError("IN_USE", f"{what} cannot be flattened: an image below it is open for writing by {writers}")
+    changed = _changed_ownership(request, facts.target) or Ownership()
+    now = facts.target
+    owner = Ownership(
+        now.uid if changed.uid is None else changed.uid,
+        now.gid if changed.gid is None else changed.gid,
+        now.mode if changed.mode is None else changed.mode,
+        now.label if changed.label is None else changed.label,
+    )
+    unshared = None if image.format in SHARING else f"a conversion of the format {image.format} writes new blocks"
+    step = Create(
+        "convert",
+        image.format,
+        capacity,
+        owner,
+        image.qcow2,
+        request.preallocation,
+        None,
+        replaces=True,
+        dropped=_dropped(image),
+        unshared=unshared or _known(facts, "unshareable") or None,
+        flattens=True,
+    )
+    corrupt = _known(facts, "source_corrupt")
+    if corrupt:
+        raise CloneError("CORRUPT_IMAGE", corrupt)
+    return _creation(facts, step, _drop_warnings(facts, step))
+
+
+def _drop_warnings(facts: Facts, step: Create) -> t.List[str]:
+    if not step.dropped:
+        return []
+    return [f"{_what(facts)}: a conversion does not carry over {' and '.join(step.dropped)}"]
+
+
 def _replacement(request: Request, facts: Facts) -> Plan:
     dependents: Dependents = _known(facts, "target_dependents")
     if dependents.names:
@@ -314,6 +447,8 @@ def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
         found.append(f"its format is {image.format}, asked for is {wanted_format}")
     if request.clone_type == "full" and image.backing is not None:
         found.append(f"it is a linked clone of {image.backing!r}, asked for is clone_type=full")
+    if request.linked:
+        found += _linked_otherwise(facts, image)
     wanted = _stated_capacity(request, image.format)
     if wanted is not None and image.capacity > wanted and not _rounded_by_geometry(image, wanted):
         found.append(f"its capacity is {format_bytes(image.capacity)}, asked for is {format_bytes(wanted)}")
@@ -324,6 +459,19 @@ def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
         if not _known(facts, "content_equal"):
             found.append(f"its data is not that of {facts.source.what}")
     return found
+
+
+def _linked_otherwise(facts: Facts, image: Image) -> t.List[str]:
+    source = facts.source
+    asked_for = f"asked for is a linked clone of {source.what}, {source.key!r}"
+    if image.backing is None:
+        return [f"it has no backing store, {asked_for}"]
+    if not facts.target.on_source:
+        return [f"it is a linked clone of {image.backing!r}, {asked_for}"]
+    recorded = image.backing_format or "raw"
+    if source.image is not None and recorded != source.image.format:
+        return [f"it reads its backing store {image.backing!r} as {recorded}, {source.what} is {source.image.format}"]
+    return []
 
 
 def _stated_capacity(request: Request, image_format: str) -> t.Optional[int]:
@@ -421,16 +569,14 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
         request.preallocation,
         request.nocow,
         replaces,
-        _dropped(source) if route != "copy" else (),
-        None if route == "libvirt" else _unshared(request, facts, source, image_format, route),
+        _dropped(source) if route in ("convert", "libvirt") else (),
+        None if route in ("link", "libvirt") else _unshared(request, facts, source, image_format, route),
+        _backing(request, facts),
     )
-    warnings = []
-    if step.dropped:
-        warnings.append(f"{_what(facts)}: a conversion does not carry over {' and '.join(step.dropped)}")
     corrupt = "" if writers else _known(facts, "source_corrupt")
     if corrupt:
         raise CloneError("CORRUPT_IMAGE", corrupt)
-    return _creation(facts, step, warnings)
+    return _creation(facts, step, _drop_warnings(facts, step))
 
 
 def _blank(request: Request, facts: Facts, replaces: bool) -> Plan:
@@ -460,7 +606,7 @@ def _creation(facts: Facts, step: Create, warnings: t.Sequence[str]) -> Plan:
 
 def _state_after(step: Create) -> State:
     owner = step.owner
-    return State(step.format, step.capacity, owner.uid, owner.gid, owner.mode, owner.label)
+    return State(step.format, step.capacity, owner.uid, owner.gid, owner.mode, owner.label, step.backing)
 
 
 def _refuse_empty(image_format: str, capacity: int) -> None:
@@ -472,6 +618,16 @@ def _refuse_options(request: Request, image_format: str) -> None:
     if request.qcow2 and image_format != "qcow2":
         raise CloneError("INVALID_ARG", f"qcow2: {sorted(request.qcow2)} has no meaning for a volume of format {image_format}")
     _refuse_preallocation(request.preallocation, image_format)
+
+
+def _backing(request: Request, facts: Facts) -> t.Optional[Backing]:
+    """What a new volume has below it."""
+    source = facts.source
+    if not request.linked:
+        return None
+    if source.image is None:
+        return Backing(source.key, request.source_format)
+    return Backing(source.key, source.image.format, len(source.below) + 1)
 
 
 def _predicted(request: Request, facts: Facts) -> Plan:
@@ -486,7 +642,7 @@ def _predicted(request: Request, facts: Facts) -> Plan:
         _refuse_options(request, image_format)
         capacity = None if capacity is None else round_capacity(image_format, capacity)
     step = Create("copy", image_format or "raw", capacity or 0, owner)
-    after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label)
+    after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label, _backing(request, facts))
     return Plan(None, after, (step,), (_presumed(why),))
 
 
@@ -505,6 +661,8 @@ def _refuse_source(request: Request, facts: Facts, source: Image) -> None:
             "UNSAFE_IMAGE",
             f"{what} claims {format_bytes(source.capacity)}, more than max_capacity ({format_bytes(request.max_capacity)})",
         )
+    if request.linked and source.encrypted:
+        raise CloneError("NO_SUPPORT", f"{what} is encrypted: a clone of it cannot be linked, but clone_type=full is possible")
     if request.encrypted and not source.encrypted:
         raise CloneError("CONFIG_UNSUPPORTED", f"xml: <encryption> is not possible, {what} is not encrypted")
 
@@ -517,6 +675,8 @@ def _refuse_preallocation(mode: str, image_format: str) -> None:
 
 def _refuse_shrinking(request: Request, facts: Facts, source: Image, capacity: int) -> None:
     sizes = f"capacity: {format_bytes(capacity)} is less than {facts.source.what} has, {format_bytes(source.capacity)}"
+    if request.linked:
+        raise CloneError("INVALID_ARG", f"{sizes}, and a linked clone is no smaller than its source")
     if not request.allow_shrink:
         raise CloneError("INVALID_ARG", f"{sizes}; allow_shrink permits it where nothing but zeros would be cut off")
     if source.format != "raw":
@@ -529,6 +689,9 @@ def _refuse_shrinking(request: Request, facts: Facts, source: Image, capacity: i
 def _route(
     request: Request, facts: Facts, source: Image, image_format: str, capacity: int, features: t.Optional[Qcow2Features]
 ) -> str:
+    if request.linked:
+        _refuse_header(facts, t.cast(Qcow2Features, features))
+        return "link"
     if request.method == "libvirt":
         if facts.pool.type == "directory" or facts.source.pool is None or facts.source.pool.startswith("/"):
             raise CloneError("INVALID_ARG", "method=libvirt needs a libvirt pool for both the source and the target")
@@ -546,6 +709,25 @@ def _route(
     if source.encrypted:
         raise CloneError("NO_SUPPORT", f"{facts.source.what} is encrypted: it is cloned in its own format or not at all")
     return "convert"
+
+
+# The longest name of a backing store that qcow2 takes, and room for the rest of its header (docs/interop/qcow2.txt of QEMU).
+_LONGEST_BACKING, _HEADER = 1023, 512
+
+
+def _refuse_header(facts: Facts, features: Qcow2Features) -> None:
+    """The path of the backing store stands in the first cluster, behind the header."""
+    path, length = facts.source.key, len(os.fsencode(facts.source.key))
+    if length > _LONGEST_BACKING:
+        raise CloneError(
+            "CONFIG_UNSUPPORTED", f"{_what(facts)} cannot record a backing store whose path has {length} bytes, {path!r}"
+        )
+    if length + _HEADER > features.cluster_size:
+        raise CloneError(
+            "CONFIG_UNSUPPORTED",
+            f"qcow2.cluster_size: {features.cluster_size} bytes leave no room for the path of the backing store of"
+            f" {_what(facts)}, {path!r}",
+        )
 
 
 def _unshared(request: Request, facts: Facts, source: Image, image_format: str, route: str) -> t.Optional[str]:
@@ -609,7 +791,10 @@ def _new_ownership(request: Request, facts: Facts) -> Ownership:
 
 def _state(target: TargetFacts, image: t.Optional[Image]) -> State:
     image_format, capacity = (image.format, image.capacity) if image else (None, None)
-    return State(image_format, capacity, target.uid, target.gid, target.mode, target.label)
+    backing = None
+    if image is not None and image.backing is not None:
+        backing = Backing(image.backing, image.backing_format or "raw", target.depth)
+    return State(image_format, capacity, target.uid, target.gid, target.mode, target.label, backing)
 
 
 def _what(facts: Facts) -> str:

@@ -46,6 +46,11 @@ class Request:
     qcow2: t.Mapping[str, t.Any] = field(default_factory=dict)
     nocow: t.Optional[bool] = None
     encrypted: bool = False
+    #: the backing store that the XML states; only a linked clone has one
+    backing_path: t.Optional[str] = None
+    backing_format: t.Optional[str] = None
+    #: whether a volume that has a backing store is made to stand alone
+    flatten: bool = False
     method: str = "auto"
     resize: bool = True
     compare: str = "metadata"
@@ -67,6 +72,10 @@ class Request:
     def blank(self) -> bool:
         """Whether the volume is made from nothing."""
         return self.source is None and self.source_path is None
+
+    @property
+    def linked(self) -> bool:
+        return self.clone_type == "linked"
 
     @property
     def effective_source_pool(self) -> str:
@@ -117,6 +126,9 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         qcow2=_qcow2_options(params.get("qcow2") or {}, xml, image_format),
         nocow=_nocow(params.get("qcow2") or {}, xml),
         encrypted=xml.encrypted,
+        backing_path=xml.backing_path,
+        backing_format=xml.backing_format,
+        flatten=bool(params.get("flatten")),
         method=params.get("method") or "auto",
         resize=params.get("resize") is not False,
         compare=params.get("compare") or "metadata",
@@ -165,8 +177,10 @@ def blank_from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -
         raise CloneError("INVALID_ARG", "name: neither the parameter nor the XML states it")
     if request.encrypted:
         raise CloneError("NO_SUPPORT", "xml: <encryption> is not possible; an encrypted volume can be cloned, not made")
-    if params.get("xml") is not None and _xml.parse_volume(params["xml"]).backing_path is not None:
-        raise CloneError("NO_SUPPORT", "xml: <backingStore> is not possible for a blank volume")
+    if request.backing_path is not None:
+        raise CloneError(
+            "NO_SUPPORT", "xml: <backingStore> is not possible for a blank volume; storage_volume_clone makes linked clones"
+        )
     return request
 
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from .._errors import CloneError
 from .._permissions import group_name, user_name
 from .._transfer import file_copy
-from .planner import Create, Facts, Plan, SourceFacts, State
+from .._volumes import entry
+from .planner import Backing, Create, Facts, Plan, SourceFacts, State
 
 if t.TYPE_CHECKING:  # pragma: no cover
     from .executor import Transfer
@@ -50,7 +51,6 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
     after = plan.after
     if on_disk is not None and not scene.check_mode:
         after = replace(after, uid=on_disk.st_uid, gid=on_disk.st_gid, mode=on_disk.st_mode & 0o777)
-    image = None if created else facts.target.image
     volume: t.Dict[str, t.Any] = {
         "name": facts.name,
         "pool": facts.pool.name,
@@ -59,9 +59,7 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
         "type": "file",
         "allocation": on_disk.st_blocks * 512 if on_disk else None,
         "physical": on_disk.st_size if on_disk else None,
-        "backing": {"path": image.backing, "format": image.backing_format or "raw", "depth": None}
-        if image is not None and image.backing is not None
-        else None,
+        "backing": _backing(after.backing),
         "changed": bool(actions),
         "actions": actions,
         "transfer": transfer.name if transfer else None,
@@ -74,15 +72,20 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
         **_state(after),
     }
     named = {"name": facts.name, "pool": facts.pool.name}
+    diff: t.Dict[str, t.Dict[str, t.Any]] = {
+        "before": {**named, **_state(plan.before)} if plan.before else {},
+        "after": {**named, **_state(plan.after)},
+    }
+    if plan.after.backing or (plan.before and plan.before.backing):
+        for side, state in (("before", plan.before), ("after", plan.after)):
+            if state is not None:
+                diff[side]["backing"] = _backing(state.backing)
     return {
         "changed": bool(actions),
         "actions": actions,
         "volume": volume,
         **({} if scene.request.blank else {"source": _source(facts.source)}),
-        "diff": {
-            "before": {**named, **_state(plan.before)} if plan.before else {},
-            "after": {**named, **_state(plan.after)},
-        },
+        "diff": diff,
         "warnings": list(plan.warnings),
     }
 
@@ -125,6 +128,12 @@ def _source(source: SourceFacts) -> t.Dict[str, t.Any]:
         "format": source.image.format if source.image else None,
         "capacity": source.image.capacity if source.image else None,
     }
+
+
+def _backing(backing: t.Optional[Backing]) -> t.Optional[t.Dict[str, t.Any]]:
+    if backing is None:
+        return None
+    return {"path": entry.printable(backing.path), "format": backing.format, "depth": backing.depth}
 
 
 def _state(state: State) -> t.Dict[str, t.Any]:

@@ -88,8 +88,10 @@ def creation_options(image_format: str, qcow2: t.Optional[Qcow2Features], preall
     return ["-o", ",".join(options)] if options else []
 
 
-def create(target: Layer, options: t.List[str], capacity: int) -> t.List[str]:
-    return ["create", "-q", "-f", target.format, *options, target.path, str(capacity)]
+def create(target: Layer, options: t.List[str], capacity: int, backing: t.Optional[t.Tuple[str, str]] = None) -> t.List[str]:
+    """``backing``: path and format that the image records of what lies below it. By ``-u`` qemu-img does not open that."""
+    below = [] if backing is None else ["-u", "-b", backing[0], "-F", backing[1]]
+    return ["create", "-q", "-f", target.format, *options, *below, target.path, str(capacity)]
 
 
 def convert(

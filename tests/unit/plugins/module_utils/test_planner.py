@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
+    Backing,
     Create,
     Dependents,
     Facts,
@@ -35,6 +36,7 @@ def image(image_format="qcow2", capacity=100 * MIB, **kwargs):
 def facts(source=None, target=None, **kwargs):
     """Everything answered and harmless, unless a row says otherwise."""
     source_facts = {"what": "volume 'base' of pool '/p'", "path": "/p/base", "pool": "/p", "name": "base", "identity": (1, 2)}
+    source_facts["key"] = "/p/base"
     source_facts["owner"] = (64055, 108, 0o640)
     if source is None:
         source_facts.update(identity=None, owner=None, gone="volume 'base' of pool '/p' does not exist")
@@ -539,3 +541,238 @@ def test_which_volume_just_made_serves_in_place_of_the_source(made, step, serves
         return Create("convert", image_format, capacity, planner.Ownership(), preallocation=preallocation)
 
     assert planner.donates(create(*made), create(*step)) is serves
+
+
+# --- linked clones --------------------------------------------------------------------------------------------------------
+
+
+def linked(on_source=True, outside="", below=(), backing_is_source=True, **kwargs):
+    known = {key: kwargs.pop(key) for key in list(kwargs) if key in FACTS}
+    made = facts(**{"source": image(), **known})
+    made = replace(
+        made,
+        source=replace(made.source, outside=outside, below=below),
+        target=replace(made.target, on_source=on_source),
+        backing_is_source=backing_is_source,
+    )
+    return planner.plan(request(clone_type="linked", **kwargs), made)
+
+
+@pytest.mark.parametrize(
+    "source, stated, capacity, features",
+    [
+        (image(), {}, 100 * MIB, QCOW2),
+        (image(), {"capacity": 300 * MIB}, 300 * MIB, QCOW2),
+        (image(), {"format": "qcow2", "capacity": 100 * MIB}, 100 * MIB, QCOW2),
+        (image("raw", 1000), {}, 1024, QCOW2),
+        (image("raw", 1000), {"capacity": 1001}, 1024, QCOW2),
+        (image("vmdk"), {}, 100 * MIB, QCOW2),
+        (image(), {"qcow2": {"cluster_size": 4096}}, 100 * MIB, replace(QCOW2, cluster_size=4096)),
+        (image(), {"qcow2": {"compat": "0.10"}}, 100 * MIB, replace(QCOW2, compat="0.10")),
+        (image(), {"qcow2": {"extended_l2": True}}, 100 * MIB, replace(QCOW2, extended_l2=True)),
+        (image(snapshots=1, bitmaps=1), {}, 100 * MIB, QCOW2),
+        (image("raw", magic="qcow2"), {"source_format": "raw"}, 100 * MIB, QCOW2),
+    ],
+)
+def test_an_absent_linked_clone_is_an_overlay_of_the_source(source, stated, capacity, features):
+    result = linked(source=source, below=((1, 7), (1, 8)), unshareable="asked in vain", **stated)
+    (step,) = result.steps
+    assert (step.route, step.format, step.capacity, step.qcow2) == ("link", "qcow2", capacity, features)
+    assert step.backing == result.after.backing == Backing("/p/base", source.format, 3)
+    assert (step.unshared, step.dropped, result.actions, result.warnings) == (None, (), ["created"], ())
+    assert (step.owner.uid, step.owner.gid, step.owner.mode) == (64055, 108, 0o640)
+
+
+@pytest.mark.parametrize(
+    "target, stated, actions",
+    [
+        (image(backing="/p/base", backing_format="qcow2"), {}, []),
+        (image(backing="/p/base", backing_format="qcow2", capacity=300 * MIB), {}, []),
+        (image(backing="/p/base", backing_format="qcow2"), {"compare": "content"}, []),
+        (image(backing="/p/base", backing_format="qcow2"), {"capacity": 200 * MIB}, ["grown"]),
+        (image(backing="/p/base", backing_format="qcow2"), {"mode": Mode("0600")}, ["permissions"]),
+        (image(backing="/p/base", backing_format="qcow2"), {"force": True}, []),
+    ],
+)
+def test_a_linked_clone_of_the_source_is_as_stated(target, stated, actions):
+    result = linked(target=target, **stated)
+    assert result.actions == actions
+    assert result.before.backing == result.after.backing == Backing("/p/base", "qcow2")
+
+
+@pytest.mark.parametrize(
+    "target, on_source, text",
+    [
+        (image(), False, "it has no backing store, asked for is a linked clone of volume 'base' of pool '/p', '/p/base'"),
+        (image("raw"), False, "its format is raw, asked for is qcow2; it has no backing store"),
+        (
+            image(backing="/p/other", backing_format="qcow2"),
+            False,
+            "it is a linked clone of '/p/other', asked for is a linked clone of volume 'base' of pool '/p', '/p/base'",
+        ),
+        (image(backing="/p/base", backing_format="raw"), True, "it reads its backing store '/p/base' as raw"),
+        (image(backing="/p/base"), True, "it reads its backing store '/p/base' as raw, volume 'base' of pool '/p' is qcow2"),
+    ],
+)
+def test_what_is_no_linked_clone_of_the_source_differs_and_is_replaced_with_force(target, on_source, text):
+    with pytest.raises(CloneError) as caught:
+        linked(target=target, on_source=on_source)
+    assert caught.value.code == "DIFFERS"
+    assert text in caught.value.msg
+    result = linked(target=target, on_source=on_source, force=True)
+    assert (result.actions, result.steps[0].route) == (["replaced"], "link")
+
+
+def test_a_linked_clone_whose_source_is_gone_is_judged_by_its_name():
+    target = image(backing="/p/base", backing_format="qcow2")
+    known = replace(facts(None, target), target=TargetFacts(target, (1, 3), None, 64055, 108, 0o640, on_source=True))
+    result = planner.plan(request(clone_type="linked"), known)
+    assert result.actions == []
+    assert "does not exist" in result.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "known, code, text",
+    [
+        ({"format": "raw"}, "CONFIG_UNSUPPORTED", "format: volume 'clone' of pool '/p' cannot be raw: a linked clone is qcow2"),
+        ({"capacity": MIB}, "INVALID_ARG", "a linked clone is no smaller than its source"),
+        ({"capacity": MIB, "allow_shrink": True, "source": image("raw")}, "INVALID_ARG", "no smaller than its source"),
+        ({"preallocation": "metadata"}, "CONFIG_UNSUPPORTED", "preallocation=metadata is not possible"),
+        ({"preallocation": "full"}, "CONFIG_UNSUPPORTED", "it conflicts with a backing store"),
+        ({"method": "reflink"}, "INVALID_ARG", "method=reflink has no meaning for clone_type=linked"),
+        ({"method": "copy"}, "INVALID_ARG", "method=copy has no meaning for clone_type=linked"),
+        ({"method": "libvirt"}, "NO_SUPPORT", "method=libvirt cannot make a linked clone"),
+        ({"outside": "/home"}, "UNSAFE_IMAGE", "name '/home' as source_pool"),
+        (
+            {"backing_is_source": False, "backing_path": "/p/x"},
+            "INVALID_ARG",
+            "xml: the <backingStore> is '/p/x', but the source is '/p/base'",
+        ),
+        (
+            {"backing_format": "raw"},
+            "INVALID_ARG",
+            "xml: the format of <backingStore> is raw, but volume 'base' of pool '/p' is qcow2",
+        ),
+        ({"source": image(encrypted=True)}, "NO_SUPPORT", "is encrypted: a clone of it cannot be linked"),
+        ({"source": image("raw", encrypted=True)}, "NO_SUPPORT", "is encrypted: a clone of it cannot be linked"),
+        ({"source": image(data_file="x")}, "UNSAFE_IMAGE", "another file"),
+        ({"source": image(unclean="dirty")}, "CORRUPT_IMAGE", "marked dirty"),
+        ({"source_corrupt": "volume 'base' is corrupt"}, "CORRUPT_IMAGE", "is corrupt"),
+        ({"source_writers": "domain 'a'"}, "IN_USE", "volume 'base' of pool '/p' is open for writing by domain 'a'"),
+        ({"qcow2": {"cluster_size": 512}}, "CONFIG_UNSUPPORTED", "qcow2.cluster_size: 512 bytes leave no room for the path"),
+        ({"space_missing": 4096}, "NO_SPACE", "needs 4096 bytes"),
+    ],
+)
+def test_a_linked_clone_that_cannot_be_is_refused(known, code, text):
+    with pytest.raises(CloneError) as caught:
+        linked(**known)
+    assert caught.value.code == code
+    assert text in caught.value.msg
+
+
+def test_a_path_that_no_image_can_record_is_refused():
+    known = facts(source=image())
+    known = replace(known, source=replace(known.source, key="/" + "p" * 1023))
+    with pytest.raises(CloneError, match="cannot record a backing store whose path has 1024 bytes") as caught:
+        planner.plan(request(clone_type="linked"), known)
+    assert caught.value.code == "CONFIG_UNSUPPORTED"
+
+
+def test_a_full_clone_does_not_heed_the_backing_store_of_the_xml():
+    known = replace(facts(source=image()), backing_is_source=False)
+    for stated in ({}, {"clone_type": "full"}):
+        (step,) = planner.plan(request(backing_path="/q/x", backing_format="raw", **stated), known).steps
+        assert (step.route, step.backing) == ("copy", None)
+
+
+def test_a_check_run_predicts_a_linked_clone_of_a_source_that_an_earlier_task_makes():
+    result = linked(source=None, check_mode=True)
+    assert (result.actions, result.after.format, result.after.backing) == (["created"], "qcow2", Backing("/p/base", None))
+
+
+def test_an_overlay_is_copied_for_one_of_the_same_size_only():
+    step = linked().steps[0]
+    assert planner.donates(step, step)
+    assert not planner.donates(step, replace(step, capacity=300 * MIB))
+    assert planner.kind(step) != planner.kind(replace(step, backing=Backing("/p/other", "qcow2", 1)))
+
+
+# --- a volume that shall stand alone --------------------------------------------------------------------------------------
+
+OVERLAY = image(backing="/p/base", backing_format="raw")
+
+
+def flatten(target=OVERLAY, stated=None, **known):
+    made = replace(facts(None, target, **known), source=SourceFacts("nothing", ""))
+    return planner.plan(Request(**{"pool": "/p", "name": "clone", "flatten": True, **(stated or {})}), made)
+
+
+@pytest.mark.parametrize(
+    "stated, actions, capacity, mode",
+    [
+        ({}, ["flattened"], 100 * MIB, 0o640),
+        ({"capacity": 100 * MIB, "format": "qcow2"}, ["flattened"], 100 * MIB, 0o640),
+        ({"capacity": 300 * MIB}, ["flattened", "grown"], 300 * MIB, 0o640),
+        ({"capacity": 300 * MIB, "mode": Mode("0600")}, ["flattened", "grown", "permissions"], 300 * MIB, 0o600),
+        ({"mode": Mode("0600"), "owner": 64055}, ["flattened", "permissions"], 100 * MIB, 0o600),
+    ],
+)
+def test_an_overlay_is_flattened_and_all_else_done_in_one_go(stated, actions, capacity, mode):
+    result = flatten(stated=stated)
+    (step,) = result.steps
+    assert (step.route, step.replaces, step.flattens, step.format, step.qcow2) == ("convert", True, True, "qcow2", QCOW2)
+    assert (step.capacity, step.owner.uid, step.owner.gid, step.owner.mode) == (capacity, 64055, 108, mode)
+    assert result.actions == actions
+    assert (result.before.backing, result.after.backing) == (Backing("/p/base", "raw"), None)
+
+
+def test_what_stands_alone_is_not_flattened():
+    unknown = dict.fromkeys(("target_chain", "target_users", "source_writers", "source_corrupt", "space_missing", "denied"))
+    assert flatten(image(), **unknown).steps == ()
+    assert flatten(image(), {"capacity": 200 * MIB}).actions == ["grown"]
+    assert flatten(None, {"capacity": MIB}).steps[0].route == "blank"
+    assert flatten(OVERLAY, {"flatten": False}, **unknown).steps == ()
+
+
+@pytest.mark.parametrize(
+    "target, known, stated, code, text",
+    [
+        (OVERLAY, {"target_users": "domain 'a'"}, {}, "IN_USE", "cannot be flattened: it is open by domain 'a'"),
+        (OVERLAY, {"source_writers": "dd (pid 5)"}, {}, "IN_USE", "an image below it is open for writing by dd (pid 5)"),
+        (OVERLAY, {"source_corrupt": "'/p/base' is corrupt"}, {}, "CORRUPT_IMAGE", "'/p/base' is corrupt"),
+        (OVERLAY, {"space_missing": 4096}, {}, "NO_SPACE", "needs 4096 bytes"),
+        (OVERLAY, {"denied": "use become"}, {}, "OPERATION_DENIED", "use become"),
+        (OVERLAY, {}, {"capacity": MIB}, "DIFFERS", "its capacity is"),
+        (OVERLAY, {}, {"capacity": 200 * MIB, "resize": False}, "DIFFERS", "resize is false"),
+        (OVERLAY, {}, {"format": "raw"}, "DIFFERS", "its format is qcow2"),
+        (replace(OVERLAY, snapshots=2), {}, {}, "OPERATION_INVALID", "its 2 internal snapshots would be lost"),
+        (replace(OVERLAY, encrypted=True), {}, {}, "NO_SUPPORT", "is encrypted"),
+        (replace(OVERLAY, unclean="dirty"), {}, {}, "CORRUPT_IMAGE", "is marked dirty"),
+        (replace(OVERLAY, data_file="x"), {}, {}, "UNSAFE_IMAGE", "another file"),
+        (
+            replace(OVERLAY, format="qcow", qcow2=None),
+            {},
+            {"capacity": 200 * MIB},
+            "NO_SUPPORT",
+            "a qcow volume cannot be grown",
+        ),
+    ],
+)
+def test_a_volume_that_cannot_be_flattened(target, known, stated, code, text):
+    with pytest.raises(CloneError) as caught:
+        flatten(target, stated, **known)
+    assert caught.value.code == code
+    assert text in caught.value.msg
+
+
+@pytest.mark.parametrize("question", ["target_chain", "target_users", "source_writers", "source_corrupt", "space_missing"])
+def test_flattening_asks_for_what_it_needs(question):
+    with pytest.raises(planner.Unanswered) as caught:
+        flatten(**{question: None})
+    assert caught.value.question == question
+
+
+def test_bitmaps_that_flattening_drops_are_named():
+    result = flatten(replace(OVERLAY, bitmaps=1))
+    assert result.steps[0].dropped == ("bitmaps",)
+    assert "bitmaps" in result.warnings[0]

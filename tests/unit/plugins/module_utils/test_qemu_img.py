@@ -50,6 +50,10 @@ ALONE = 'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/proc/
             qemu_img.create(Layer(9, "qcow2"), ["-o", "compat=1.1"], 1024),
             "create -q -f qcow2 -o compat=1.1 /proc/self/fd/9 1024",
         ),
+        (
+            qemu_img.create(Layer(9, "qcow2"), [], 1024, ("/p/base", "raw")),
+            "create -q -f qcow2 -u -b /p/base -F raw /proc/self/fd/9 1024",
+        ),
         (qemu_img.resize([QCOW2], 2048, "off"), f"resize -q {ALONE} 2048"),
         (qemu_img.resize([QCOW2], 2048, "falloc"), f"resize -q --preallocation=falloc {ALONE} 2048"),
         (qemu_img.resize([RAW], 2048, "off"), "resize -q -f raw /proc/self/fd/6 2048"),
