@@ -7,12 +7,12 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: storage_volume
-short_description: Make, grow and delete libvirt storage volumes
+short_description: Make, grow, flatten and delete libvirt storage volumes
 version_added: 0.1.0
 author:
   - The virtforge.libvirt authors (@virtforge)
 description:
-  - Makes a blank volume in a pool, grows one that is smaller than stated, or deletes one. To make a volume that has a content,
+  - Makes a blank volume in a pool, grows one that is smaller than stated, has one stand alone, or deletes one. To make a volume that has a content,
     use M(virtforge.libvirt.storage_volume_clone).
   - The volume is declared. Where it exists as stated, nothing is done. Where it differs in more than a smaller capacity, owner,
     group or mode, the task fails and names the difference.
@@ -90,6 +90,20 @@ options:
       - Whether a volume that exists and is smaller than O(capacity) is grown. If not, the task fails.
     type: bool
     default: true
+  flatten:
+    description:
+      - Whether a volume that has a backing store is made to stand alone. It is written anew, sharing blocks where the file system can do
+        that, and takes its own place once it is whole; owner, group, mode and options of the format stay what they are.
+      - In the same go it is grown, and gets the owner, group and mode that are stated.
+      - Volumes that have it as their backing store stay valid.
+      - A volume that is in use is left alone, and so is one with internal snapshots, which would be lost. Bitmaps are lost, with a
+        warning.
+    type: bool
+    default: false
+  source_pool:
+    description:
+      - One more pool in which images below the volume may lie, as O(pool). Images elsewhere are not followed.
+    type: str
   wipe:
     description:
       - Overwrite the data of the volume before it is deleted. Only with O(state=absent).
@@ -142,6 +156,13 @@ EXAMPLES = r"""
     capacity: 1GiB
     preallocation: falloc
 
+- name: A disk that no longer needs the golden image it was linked to
+  virtforge.libvirt.storage_volume:
+    pool: default
+    name: data1.qcow2
+    source_pool: images
+    flatten: true
+
 - name: A disk that is no longer needed, overwritten first
   virtforge.libvirt.storage_volume:
     pool: default
@@ -153,7 +174,8 @@ EXAMPLES = r"""
 RETURN = r"""
 actions:
   description:
-    - What was done, or would be done, of C(created), C(grown), C(replaced), C(permissions), C(wiped) and C(deleted).
+    - What was done, or would be done, of C(created), C(grown), C(replaced), C(permissions), C(flattened), C(wiped) and
+      C(deleted).
     - Empty when the volume was as stated.
   returned: success
   type: list

@@ -17,6 +17,8 @@ description:
     differs otherwise, the task fails and names the difference, or replaces it with O(force=true).
   - A clone shares the blocks of its source where the file system can do that, and is otherwise copied without its holes and
     zeros. Formats are converted, and backing chains flattened, by C(qemu-img).
+  - A linked clone is made in no time and takes no space to begin with. It is a qcow2 image over its source, of which it records the
+    path, so the source has to stay where it is and must not be written to any more.
   - A new volume gets its name once it is whole and safely on disk. A task that is killed leaves nothing behind. Where a file
     needs a name earlier, with O(force=true) and on file systems without unnamed files such as NFS, it may leave a hidden file,
     which the next run removes.
@@ -58,6 +60,7 @@ options:
       - Volume XML as C(virsh vol-create-from) takes it; what C(virsh vol-dumpxml) prints of a volume describes its clone.
         libvirt knows no vhdx and prints it as raw.
       - Other parameters win over it. Allocation, labels, and elements that libvirt only prints are ignored.
+      - A C(<backingStore>) has to be the source for O(clone_type=linked), and is ignored for a full clone.
     type: str
   volumes:
     description:
@@ -100,6 +103,7 @@ options:
   source_path:
     description:
       - Absolute path of a file or block device on the managed host to clone.
+      - For O(clone_type=linked) it has to lie in O(pool) or O(source_pool), since later tasks read through the clone.
     type: path
   source_pool:
     description:
@@ -115,14 +119,17 @@ options:
   clone_type:
     description:
       - V(full) makes a volume that stands alone; it is what is made without this option too.
-      - Where stated, a volume that exists and has a backing store differs.
+      - V(linked) makes a qcow2 image that has the source as its backing store, which may be of any format, and an overlay itself.
+        An encrypted source is refused.
+      - Where stated, a volume that exists and is the other kind, or a linked clone of something else, differs.
+      - To make a linked clone stand alone later, see O(virtforge.libvirt.storage_volume#module:flatten).
     type: str
     choices: [full, linked]
   format:
     description:
       - Format of the new volume, one of V(raw), V(qcow2), V(vmdk), V(vdi), V(vhdx), V(vpc), V(qed) and V(qcow).
         V(iso) and V(img) are read as V(raw).
-      - The source's where not stated.
+      - The source's where not stated. A linked clone is always V(qcow2).
     type: str
   capacity:
     description:
@@ -134,6 +141,7 @@ options:
   allow_shrink:
     description:
       - Permits a O(capacity) smaller than the source's, where the source is raw and nothing but zeros would be cut off.
+      - A linked clone is never smaller than its source.
     type: bool
     default: false
   method:
@@ -142,6 +150,7 @@ options:
       - V(reflink) shares all blocks of data or fails. V(copy) shares none.
       - V(libvirt) has libvirt make the clone, for a user who may not write to the pool's directory. It is slower, and
         a libvirtd that is killed leaves an unfinished volume.
+      - A linked clone copies nothing, so only V(auto) goes with O(clone_type=linked).
     type: str
     choices: [auto, reflink, copy, libvirt]
     default: auto
@@ -259,6 +268,14 @@ EXAMPLES = r"""
         capacity: 100GiB
   register: disks
 
+- name: A disk that is made in no time, over the golden image
+  virtforge.libvirt.storage_volume_clone:
+    pool: default
+    source: debian-13.qcow2
+    name: try1.qcow2
+    clone_type: linked
+    capacity: 40GiB
+
 - name: Where they are
   ansible.builtin.debug:
     msg: "{{ disks.volumes | map(attribute='path') }}"
@@ -345,9 +362,13 @@ volume:
     backing:
       description:
         - Its backing store with C(path) as recorded, C(format) and C(depth), null for a volume that stands alone.
-        - The depth is null where the chain was not followed.
+        - The depth is the number of images below it, null where one of them is gone, or lies outside the pools of the task.
       type: dict
       returned: success
+      sample:
+        path: /var/lib/libvirt/images/debian-13.qcow2
+        format: qcow2
+        depth: 1
     owner:
       description: User that owns it.
       type: str
@@ -380,7 +401,7 @@ volume:
       returned: success
       sample: [created]
     transfer:
-      description: How the data got there, C(reflink), C(copy), C(convert) or C(libvirt). Null when nothing was made.
+      description: How the data got there, C(reflink), C(copy), C(convert), C(link) or C(libvirt). Null when nothing was made.
       type: str
       returned: success
       sample: reflink

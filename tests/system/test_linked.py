@@ -11,7 +11,7 @@ import time
 
 import harness
 import pytest
-from harness import GIB, MIB, clone, held, info, refused, run, same_content, settle, virsh, warnings
+from harness import GIB, MIB, clone, held, info, module, refused, run, same_content, settle, virsh, warnings
 
 LINKED = {"clone_type": "linked"}
 
@@ -36,24 +36,29 @@ def web(either, pool, qcow2):
 # --- absent ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("image_format", ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "qcow"])
-def test_absent_is_made_an_overlay_of_a_source_of_any_format(either, pool, raw, image_format):
-    source = pool / f"base.{image_format}"
-    if image_format != "raw":
-        options = ["-o", "force_size=on"] if image_format == "vpc" else []
-        run("qemu-img", "convert", "-f", "raw", "-O", image_format, *options, raw, source)
-    source.chmod(0o640)
-    result = settle(pool=either, source=source.name, name="web", **LINKED)
+def test_absent_is_made_an_overlay(either, pool, qcow2):
+    qcow2.chmod(0o640)
+    result = settle(pool=either, source="base.qcow2", name="web", **LINKED)
     assert (result["changed"], result["actions"]) == (True, ["created"])
     volume, path = result["volume"], pool / "web"
     assert (volume["format"], volume["capacity"], volume["mode"]) == ("qcow2", 64 * MIB, "0640")
     assert (volume["transfer"], volume["fallback_reason"], volume["dropped"]) == ("link", None, [])
-    assert volume["backing"] == {"path": str(source), "format": image_format, "depth": 1}
-    assert recorded(path) == (str(source), image_format)
+    assert volume["backing"] == {"path": str(qcow2), "format": "qcow2", "depth": 1}
     assert harness.allocated(path) < MIB
-    assert same_content(raw, "raw", path, "qcow2")
-    if not either.startswith("/"):
-        document = virsh("vol-dumpxml", "--pool", either, "web")
+    assert same_content(qcow2, "qcow2", path, "qcow2")
+
+
+def test_the_source_may_have_any_format(libvirt_pool, pool, raw):
+    for image_format in ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "qcow"):
+        source, path = pool / f"base.{image_format}", pool / f"web.{image_format}"
+        if image_format != "raw":
+            options = ["-o", "force_size=on"] if image_format == "vpc" else []
+            run("qemu-img", "convert", "-f", "raw", "-O", image_format, *options, raw, source)
+        volume = clone(pool=libvirt_pool, source=source.name, name=path.name, **LINKED)["volume"]
+        assert volume["backing"] == {"path": str(source), "format": image_format, "depth": 1}
+        assert recorded(path) == (str(source), image_format)
+        assert same_content(raw, "raw", path, "qcow2")
+        document = virsh("vol-dumpxml", "--pool", libvirt_pool, path.name)
         below = document[document.index("<backingStore>") :]
         assert f"<path>{source}</path>" in below
         # libvirt knows no vhdx.
@@ -61,7 +66,7 @@ def test_absent_is_made_an_overlay_of_a_source_of_any_format(either, pool, raw, 
 
 
 def test_the_ending_of_a_name_that_is_made_up_is_that_of_an_overlay(pool, raw):
-    assert settle(pool=pool, source="base.raw", **LINKED)["volume"]["name"] == "base-clone.qcow2"
+    assert clone(pool=pool, source="base.raw", **LINKED)["volume"]["name"] == "base-clone.qcow2"
 
 
 def test_the_source_may_be_an_overlay_and_lie_in_another_pool(pool, pool2, qcow2):
@@ -72,37 +77,20 @@ def test_the_source_may_be_an_overlay_and_lie_in_another_pool(pool, pool2, qcow2
     assert same_content(pool / "mid", "qcow2", pool2 / "top", "qcow2")
 
 
-def test_a_chain_is_no_longer_than_any_source_may_have(pool, qcow2):
-    below = qcow2
-    for number in range(65):
-        run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", below, "-F", "qcow2", pool / f"n{number}", "64M")
-        below = pool / f"n{number}"
-    assert settle(pool=pool, source="n63", name="web", **LINKED)["volume"]["backing"]["depth"] == 65
-    assert "64 images" in refused("UNSAFE_IMAGE", pool=pool, source="n64", name="other", **LINKED)
-
-
-@pytest.mark.parametrize(
-    "stated, capacity",
-    [({"capacity": "1GiB"}, GIB), ({"capacity": "64MiB"}, 64 * MIB), ({"capacity": "100000001"}, 100_000_256)],
-)
-def test_a_capacity_larger_than_the_sources_is_fine(either, pool, qcow2, stated, capacity):
-    result = settle(pool=either, source="base.qcow2", name="web", **stated, **LINKED)
-    assert result["volume"]["capacity"] == info(pool / "web", "qcow2")["virtual-size"] == capacity
-    assert same_content(qcow2, "qcow2", pool / "web", "qcow2")
-
-
-def test_a_source_of_odd_bytes_is_rounded_up(pool):
+@pytest.mark.parametrize("stated, capacity", [({"capacity": "100000001"}, 100_000_256), ({}, 1_024_512)])
+def test_its_capacity_is_as_stated_or_the_sources_rounded_up(pool, stated, capacity):
     harness.make_raw(pool / "odd.raw", 1_024_001, pieces=((0, 1000),), unit=1024)
-    assert settle(pool=pool, source="odd.raw", name="web", **LINKED)["volume"]["capacity"] == 1_024_512
+    result = settle(pool=pool, source="odd.raw", name="web", **stated, **LINKED)
+    assert result["volume"]["capacity"] == info(pool / "web", "qcow2")["virtual-size"] == capacity
     assert same_content(pool / "odd.raw", "raw", pool / "web", "qcow2")
 
 
 def test_options_of_qcow2_are_those_stated_and_else_the_sources(pool, qcow2):
-    settle(pool=pool, source="base.qcow2", name="fine", qcow2={"extended_l2": True, "cluster_size": "128k"}, **LINKED)
+    clone(pool=pool, source="base.qcow2", name="fine", qcow2={"extended_l2": True, "cluster_size": "128k"}, **LINKED)
     found = info(pool / "fine", "qcow2")
     assert (found["cluster-size"], found["format-specific"]["data"]["extended-l2"]) == (131072, True)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10,cluster_size=4k", pool / "old", "64M")
-    settle(pool=pool, source="old", name="web", **LINKED)
+    clone(pool=pool, source="old", name="web", **LINKED)
     found = info(pool / "web", "qcow2")
     assert (found["cluster-size"], found["format-specific"]["data"]["compat"]) == (4096, "0.10")
 
@@ -112,8 +100,8 @@ def test_clusters_too_small_for_the_path_are_refused(pool, qcow2):
     assert "qcow2.cluster_size" in message and str(qcow2) in message
 
 
-def test_raw_bytes_that_look_like_an_image_are_recorded_as_raw(either, pool, qcow2):
-    stated = {"pool": either, "source": "base.qcow2", "name": "web", **LINKED}
+def test_raw_bytes_that_look_like_an_image_are_recorded_as_raw(pool, qcow2):
+    stated = {"pool": pool, "source": "base.qcow2", "name": "web", **LINKED}
     result = settle(source_format="raw", **stated)
     assert recorded(pool / "web") == (str(qcow2), "raw")
     assert result["volume"]["capacity"] == -(-qcow2.stat().st_size // 512) * 512
@@ -126,7 +114,7 @@ def test_nothing_is_asked_of_a_name_while_it_is_made(pool, qcow2, scratch):
     trace = scratch / "trace"
     params = {"pool": pool, "source": "base.qcow2", "name": "web", **LINKED}
     prefix = ["strace", "-f", "-qq", "-s", "4096", "-e", "trace=execve,openat", "-o", trace]
-    assert harness.module(params, prefix=prefix)["actions"] == ["created"]
+    assert module(params, prefix=prefix)["actions"] == ["created"]
     lines = trace.read_text().splitlines()
     programs = {line.split()[0] for line in lines if "execve(" in line and "qemu-img" in line}
     assert programs
@@ -134,17 +122,9 @@ def test_nothing_is_asked_of_a_name_while_it_is_made(pool, qcow2, scratch):
     assert not [line for line in opened if str(pool) in line]
 
 
-def test_verify(either, pool, qcow2):
-    assert settle(pool=either, source="base.qcow2", name="web", verify=True, **LINKED)["actions"] == ["created"]
-
-
-def test_permissions_of_a_new_one(either, pool, qcow2):
+def test_permissions_of_a_new_one(pool, qcow2):
     os.chown(qcow2, 1234, 1235)
-    qcow2.chmod(0o644)
-    volume = settle(pool=either, source="base.qcow2", name="web", **LINKED)["volume"]
-    status = (pool / "web").stat()
-    assert (status.st_uid, status.st_gid, volume["mode"]) == (1234, 1235, "0644")
-    settle(pool=either, source="base.qcow2", name="mine", owner="root", mode="0600", **LINKED)
+    settle(pool=pool, source="base.qcow2", name="mine", owner="root", mode="0600", **LINKED)
     status = (pool / "mine").stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, 1235, 0o600)
 
@@ -155,9 +135,9 @@ def test_the_path_is_the_one_that_everybody_uses(pool, qcow2):
     link = pool.parent / f"{pool.name}-link"
     link.symlink_to(pool)
     try:
-        settle(pool=link, source="alias.qcow2", name="web", **LINKED)
+        clone(pool=link, source="alias.qcow2", name="web", **LINKED)
         assert recorded(pool / "web") == (str(link / "base.qcow2"), "qcow2")
-        assert not settle(pool=pool, source="base.qcow2", name="web", **LINKED)["changed"]
+        assert not clone(pool=pool, source="base.qcow2", name="web", **LINKED)["changed"]
     finally:
         link.unlink()
 
@@ -165,7 +145,7 @@ def test_the_path_is_the_one_that_everybody_uses(pool, qcow2):
 # --- exists ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stated", [{}, {"capacity": "64MiB"}, {"format": "qcow2"}, {"force": True}, {"compare": "content"}])
+@pytest.mark.parametrize("stated", [{}, {"capacity": "64MiB", "format": "qcow2", "force": True, "compare": "content"}])
 def test_as_stated_is_unchanged(either, web, qcow2, stated):
     before = harness.fingerprint(web)
     result = settle(pool=either, source="base.qcow2", name="web", **stated, **LINKED)
@@ -174,7 +154,8 @@ def test_as_stated_is_unchanged(either, web, qcow2, stated):
     assert harness.fingerprint(web) == before
 
 
-def test_smaller_than_stated_is_grown(either, pool, web):
+@pytest.mark.parametrize("either", ["directory"], indirect=True)
+def test_smaller_than_stated_is_grown(either, web):
     write(web, 2 * MIB)
     result = settle(pool=either, source="base.qcow2", name="web", capacity="1GiB", **LINKED)
     assert (result["actions"], info(web, "qcow2")["virtual-size"]) == (["grown"], GIB)
@@ -187,15 +168,16 @@ def test_one_that_stands_alone_or_on_another_source_differs(either, pool, qcow2,
     clone(pool=either, source="base.raw", name="other", **LINKED)
     for name, word in (("full", "no backing store"), ("other", str(raw))):
         before = harness.fingerprint(pool / name)
-        message = refused("DIFFERS", pool=either, source="base.qcow2", name=name, **LINKED)
-        assert all(text in message for text in (name, word, str(qcow2))), message
+        message = module({"pool": either, "source": "base.qcow2", "name": name, **LINKED})["msg"]
+        assert all(text in message for text in (name, word, str(qcow2), "differs")), message
         assert harness.fingerprint(pool / name) == before
-        result = settle(pool=either, source="base.qcow2", name=name, force=True, **LINKED)
-        assert result["actions"] == ["replaced"]
-        assert recorded(pool / name) == (str(qcow2), "qcow2")
+    result = settle(pool=either, source="base.qcow2", name="other", force=True, **LINKED)
+    assert result["actions"] == ["replaced"]
+    assert recorded(pool / "other") == (str(qcow2), "qcow2")
 
 
-def test_a_linked_one_is_replaced_by_a_full_one_with_force(either, pool, web, qcow2):
+@pytest.mark.parametrize("either", ["directory"], indirect=True)
+def test_a_linked_one_is_replaced_by_a_full_one_with_force(either, web, qcow2):
     assert "full" in refused("DIFFERS", pool=either, source="base.qcow2", name="web", clone_type="full")
     result = settle(pool=either, source="base.qcow2", name="web", clone_type="full", force=True)
     assert result["actions"] == ["replaced"]
@@ -204,15 +186,17 @@ def test_a_linked_one_is_replaced_by_a_full_one_with_force(either, pool, web, qc
     assert recorded(web) == (None, None)
 
 
-def test_other_content_differs_only_when_asked(either, pool, web):
+@pytest.mark.parametrize("either", ["directory"], indirect=True)
+def test_other_content_differs_only_when_asked(either, web):
     write(web, 10 * MIB)
     stated = {"pool": either, "source": "base.qcow2", "name": "web", **LINKED}
-    assert not settle(**stated)["changed"]
-    refused("DIFFERS", compare="content", **stated)
+    assert not clone(**stated)["changed"]
+    assert module({**stated, "compare": "content"})["error_code"] == "DIFFERS"
     assert settle(compare="content", force=True, **stated)["actions"] == ["replaced"]
 
 
-def test_without_its_source_it_is_judged_by_the_path(either, pool, web, qcow2):
+@pytest.mark.parametrize("either", ["directory"], indirect=True)
+def test_without_its_source_it_is_judged_by_the_path(either, web, qcow2):
     qcow2.unlink()
     result = settle(pool=either, source="base.qcow2", name="web", **LINKED)
     assert not result["changed"] and any("base.qcow2" in warning for warning in warnings(result))
@@ -220,16 +204,17 @@ def test_without_its_source_it_is_judged_by_the_path(either, pool, web, qcow2):
     refused("DIFFERS", pool=either, source="gone.qcow2", name="web", **LINKED)
 
 
-@pytest.mark.parametrize("backing", ["/etc/passwd", "nbd:unix:/nowhere", "json:{}", "gone"])
-def test_a_backing_store_elsewhere_is_told_as_recorded_and_not_opened(pool, qcow2, scratch, backing):
+@pytest.mark.parametrize("backing", ["outside", "nbd:unix:/nowhere", "json:{}", "gone"])
+def test_a_backing_store_elsewhere_is_told_as_recorded_and_not_opened(pool, pool2, qcow2, scratch, backing):
+    if backing == "outside":
+        backing = str(harness.make_raw(pool2 / "outside", MIB, ()))
     run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "raw", pool / "web", "64M")
     trace = scratch / "trace-elsewhere"
     params = {"pool": pool, "source": "base.qcow2", "name": "web"}
-    result = harness.module(params, prefix=["strace", "-f", "-qq", "-e", "trace=openat", "-o", trace])
+    result = module(params, prefix=["strace", "-f", "-qq", "-e", "trace=openat", "-o", trace])
     assert result["volume"]["backing"] == {"path": backing, "format": "raw", "depth": None}, result
-    # Ansible itself reads it before the module begins, and closes it.
-    assert trace.read_text().count('"/etc/passwd"') <= 1
-    assert backing in refused("DIFFERS", **params, **LINKED)
+    assert f"{pool2}/" not in trace.read_text()
+    assert backing in module({**params, **LINKED})["msg"]
 
 
 # --- refused --------------------------------------------------------------------------------------------------------------
@@ -239,62 +224,51 @@ def test_a_backing_store_elsewhere_is_told_as_recorded_and_not_opened(pool, qcow
     "code, stated, words",
     [
         ("CONFIG_UNSUPPORTED", {"format": "raw"}, ["format", "web", "raw", "qcow2"]),
-        ("CONFIG_UNSUPPORTED", {"format": "vmdk"}, ["format", "web", "vmdk", "qcow2"]),
         ("INVALID_ARG", {"capacity": "32M"}, ["capacity", str(32 * MIB), str(64 * MIB)]),
-        ("INVALID_ARG", {"capacity": "32M", "allow_shrink": True}, ["capacity", "no smaller"]),
         ("CONFIG_UNSUPPORTED", {"preallocation": "metadata"}, ["preallocation=metadata", "web", "backing store"]),
-        ("CONFIG_UNSUPPORTED", {"preallocation": "falloc"}, ["preallocation=falloc"]),
-        ("CONFIG_UNSUPPORTED", {"preallocation": "full"}, ["preallocation=full"]),
-        ("INVALID_ARG", {"method": "reflink"}, ["method=reflink", "clone_type=linked"]),
         ("INVALID_ARG", {"method": "copy"}, ["method=copy", "clone_type=linked"]),
-        ("NO_SUPPORT", {"method": "libvirt"}, ["method=libvirt", "linked"]),
-        ("NO_STORAGE_VOL", {"source": "gone"}, ["gone"]),
         ("INVALID_ARG", {"name": "base.qcow2"}, ["base.qcow2", "source"]),
     ],
 )
-def test_what_makes_no_linked_clone(either, pool, qcow2, code, stated, words):
-    params = {"pool": either, "source": "base.qcow2", "name": "web", **LINKED, **stated}
-    if code == "NO_STORAGE_VOL":
-        # A check run takes it that an earlier task makes it.
-        assert harness.check(**params)["actions"] == ["created"]
-        message = harness.module(params)["msg"]
-    else:
-        message = refused(code, **params)
+def test_what_makes_no_linked_clone(pool, qcow2, code, stated, words):
+    """The rest of them is tested on the planner."""
+    message = refused(code, **{"pool": pool, "source": "base.qcow2", "name": "web", **LINKED, **stated})
     assert all(word in message for word in words), message
+
+
+def test_the_source_may_be_made_by_an_earlier_task(pool):
+    params = {"pool": pool, "source": "later.qcow2", "name": "web", **LINKED}
+    assert harness.check(**params)["diff"]["after"]["backing"]["path"] == str(pool / "later.qcow2")
+    assert module(params)["error_code"] == "NO_STORAGE_VOL"
 
 
 def test_a_source_outside_the_pools_is_refused_with_advice(pool, pool2, qcow2):
     """A later run, which reads through the clone, would refuse it."""
     message = refused("UNSAFE_IMAGE", pool=pool2, source_path=qcow2, name="web", **LINKED)
     assert f"name '{pool}' as source_pool" in message
-    result = settle(pool=pool2, source_path=qcow2, source_pool=pool, name="web", **LINKED)
+    result = clone(pool=pool2, source_path=qcow2, source_pool=pool, name="web", **LINKED)
     assert result["volume"]["backing"] == {"path": str(qcow2), "format": "qcow2", "depth": 1}
-    assert not settle(pool=pool2, source="base.qcow2", source_pool=pool, name="web", **LINKED)["changed"]
+    assert not clone(pool=pool2, source="base.qcow2", source_pool=pool, name="web", **LINKED)["changed"]
 
 
 def test_an_encrypted_source_is_refused(pool):
-    secret = ["--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
+    secret = ["--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
     run("qemu-img", "create", "-q", "-f", "qcow2", *secret, pool / "secret.qcow2", "1M")
     assert "clone_type=full" in refused("NO_SUPPORT", pool=pool, source="secret.qcow2", name="web", **LINKED)
 
 
-def test_a_source_that_is_written_to_is_refused_and_one_that_is_read_is_not(either, pool, qcow2):
+def test_a_source_that_is_written_to_is_refused(pool, qcow2):
     with held(qcow2, "qcow2"):
-        assert "qemu-io" in refused("IN_USE", pool=either, source="base.qcow2", name="web", **LINKED)
-    with held(qcow2, "qcow2", writable=False):
-        assert settle(pool=either, source="base.qcow2", name="web", **LINKED)["actions"] == ["created"]
+        assert "qemu-io" in refused("IN_USE", pool=pool, source="base.qcow2", name="web", **LINKED)
 
 
 def test_guests_may_run_on_linked_clones_while_more_are_made_but_not_on_the_source(libvirt_pool, pool, qcow2, domain):
     clone(pool=libvirt_pool, source="base.qcow2", name="web1", **LINKED)
-    guest = domain(pool / "web1", "qcow2")
-    assert settle(pool=libvirt_pool, source="base.qcow2", name="web2", **LINKED)["actions"] == ["created"]
-    assert not settle(pool=libvirt_pool, source="base.qcow2", name="web1", **LINKED)["changed"]
-    message = refused("IN_USE", pool=libvirt_pool, source="base.qcow2", name="web1", compare="content", capacity="1G", **LINKED)
-    assert guest in message or "qemu" in message
-    guest = domain(pool / "web2", "qcow2")
-    message = refused("IN_USE", pool=libvirt_pool, source="web2", name="web3", **LINKED)
-    assert "web2" in message and "qemu" in message
+    domain(pool / "web1", "qcow2")
+    assert clone(pool=libvirt_pool, source="base.qcow2", name="web2", **LINKED)["actions"] == ["created"]
+    assert not clone(pool=libvirt_pool, source="base.qcow2", name="web1", **LINKED)["changed"]
+    message = module({"pool": libvirt_pool, "source": "web1", "name": "web3", **LINKED})["msg"]
+    assert "web1" in message and "open for writing by qemu" in message
 
 
 def test_a_source_that_changes_places_while_it_is_made_is_noticed(pool, qcow2):
@@ -320,18 +294,15 @@ def xml(path, image_format=None, capacity=""):
 
 def test_the_backing_store_of_the_xml_has_to_be_the_source(either, pool, qcow2, raw):
     stated = {"pool": either, "source": "base.qcow2", **LINKED}
-    message = refused("INVALID_ARG", xml=xml(raw), **stated)
+    message = module({"xml": xml(raw), **stated})["msg"]
     assert str(raw) in message and str(qcow2) in message and "backingStore" in message
-    message = refused("INVALID_ARG", xml=xml(qcow2, "raw"), **stated)
+    message = module({"xml": xml(qcow2, "raw"), **stated})["msg"]
     assert "raw" in message and "qcow2" in message
-    settle(xml=xml(qcow2), **stated)
-    assert not settle(xml=xml(qcow2, "qcow2"), **stated)["changed"]
+    assert settle(xml=xml(qcow2, "qcow2"), **stated)["actions"] == ["created"]
     if not either.startswith("/"):
         described = virsh("vol-dumpxml", "--pool", either, "web")
-        assert not settle(xml=described, **stated)["changed"]
-        (pool / "web").unlink()
-        assert settle(xml=described, **stated)["volume"]["backing"]["path"] == str(qcow2)
-    assert settle(pool=either, source="base.qcow2", name="full", xml=xml(raw, "raw"))["volume"]["backing"] is None
+        assert not clone(xml=described, **stated)["changed"]
+    assert clone(pool=either, source="base.qcow2", name="full", xml=xml(raw, "raw"))["volume"]["backing"] is None
 
 
 # --- many, and together ---------------------------------------------------------------------------------------------------
@@ -357,19 +328,13 @@ def test_many_linked_clones_in_one_task(either, pool, qcow2):
         assert same_content(qcow2, "qcow2", path, "qcow2")
         run("qemu-img", "check", "-q", "-f", "qcow2", path)
     assert not clone(**params)["changed"]
-    full = harness.module({**params, "clone_type": "full"})
+    full = module({**params, "clone_type": "full"})
     assert {volume["error_code"] for volume in full["volumes"]} == {"DIFFERS"}
 
 
 def test_many_verified(pool, qcow2):
     volumes = [{"name": f"web{number}"} for number in range(3)]
     assert clone(pool=pool, source="base.qcow2", volumes=volumes, verify=True, **LINKED)["actions"] == ["created"]
-
-
-def test_runs_for_one_volume_make_it_once(pool, qcow2):
-    params = {"pool": pool, "source": "base.qcow2", "name": "web", **LINKED}
-    results = [harness.result_of(process) for process in [harness.start(params) for _run in range(4)]]
-    assert sorted(result["actions"] for result in results) == [[]] * 3 + [["created"]]
 
 
 def test_a_run_that_is_killed_leaves_nothing(pool, qcow2):
@@ -379,4 +344,4 @@ def test_a_run_that_is_killed_leaves_nothing(pool, qcow2):
     harness.wait_until(lambda: harness.unnamed_files(pool), 30)
     harness.kill(process)
     assert sorted(os.listdir(pool)) == ["base.qcow2", "base.raw"]
-    assert settle(**params)["actions"] == ["created"]
+    assert clone(**params)["actions"] == ["created"]

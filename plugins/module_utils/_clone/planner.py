@@ -378,7 +378,7 @@ def _flattening(request: Request, facts: Facts, image: Image) -> Plan:
     if image.snapshots:
         raise CloneError(
             "OPERATION_INVALID",
-            f"{what} cannot be flattened: its {image.snapshots} internal snapshots would be lost; delete them first",
+            f"{what} cannot be flattened: its internal snapshots ({image.snapshots}) would be lost; delete them first",
         )
     if image.unclean:
         raise CloneError("CORRUPT_IMAGE", f"{what} is marked {image.unclean}: run qemu-img check on it first")

@@ -745,7 +745,7 @@ def test_what_stands_alone_is_not_flattened():
         (OVERLAY, {}, {"capacity": MIB}, "DIFFERS", "its capacity is"),
         (OVERLAY, {}, {"capacity": 200 * MIB, "resize": False}, "DIFFERS", "resize is false"),
         (OVERLAY, {}, {"format": "raw"}, "DIFFERS", "its format is qcow2"),
-        (replace(OVERLAY, snapshots=2), {}, {}, "OPERATION_INVALID", "its 2 internal snapshots would be lost"),
+        (replace(OVERLAY, snapshots=2), {}, {}, "OPERATION_INVALID", "its internal snapshots (2) would be lost"),
         (replace(OVERLAY, encrypted=True), {}, {}, "NO_SUPPORT", "is encrypted"),
         (replace(OVERLAY, unclean="dirty"), {}, {}, "CORRUPT_IMAGE", "is marked dirty"),
         (replace(OVERLAY, data_file="x"), {}, {}, "UNSAFE_IMAGE", "another file"),
