@@ -12,8 +12,8 @@ version_added: 0.1.0
 author:
   - The virtforge.libvirt authors (@virtforge)
 description:
-  - Makes a blank volume in a pool, grows one that is smaller than stated, has one stand alone, or deletes one. To make a volume that has a content,
-    use M(virtforge.libvirt.storage_volume_clone).
+  - Makes a blank volume in a pool, grows one that is smaller than stated, has one stand alone, or deletes one. To make a
+    volume that has a content, use M(virtforge.libvirt.storage_volume_clone).
   - The volume is declared. Where it exists as stated, nothing is done. Where it differs in more than a smaller capacity, owner,
     group or mode, the task fails and names the difference.
   - A new volume gets its name once it is whole and safely on disk.
@@ -92,12 +92,12 @@ options:
     default: true
   flatten:
     description:
-      - Whether a volume that has a backing store is made to stand alone. It is written anew, sharing blocks where the file system can do
-        that, and takes its own place once it is whole; owner, group, mode and options of the format stay what they are.
+      - Whether a volume that has a backing store is made to stand alone. It is written anew, sharing blocks where the file
+        system can do that, and takes its own place once it is whole; owner, group, mode and options of the format stay.
       - In the same go it is grown, and gets the owner, group and mode that are stated.
       - Volumes that have it as their backing store stay valid.
-      - A volume that is in use is left alone, and so is one with internal snapshots, which would be lost. Bitmaps are lost, with a
-        warning.
+      - A volume that is in use is refused, and so is one with internal snapshots, which would be lost. Bitmaps are lost, with
+        a warning.
     type: bool
     default: false
   source_pool:

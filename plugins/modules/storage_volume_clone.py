@@ -17,8 +17,8 @@ description:
     differs otherwise, the task fails and names the difference, or replaces it with O(force=true).
   - A clone shares the blocks of its source where the file system can do that, and is otherwise copied without its holes and
     zeros. Formats are converted, and backing chains flattened, by C(qemu-img).
-  - A linked clone is made in no time and takes no space to begin with. It is a qcow2 image over its source, of which it records the
-    path, so the source has to stay where it is and must not be written to any more.
+  - A linked clone is made in no time and takes no space to begin with. It is a qcow2 image over its source, of which it
+    records the path, so the source has to stay where it is and must not be written to any more.
   - A new volume gets its name once it is whole and safely on disk. A task that is killed leaves nothing behind. Where a file
     needs a name earlier, with O(force=true) and on file systems without unnamed files such as NFS, it may leave a hidden file,
     which the next run removes.
@@ -119,8 +119,8 @@ options:
   clone_type:
     description:
       - V(full) makes a volume that stands alone; it is what is made without this option too.
-      - V(linked) makes a qcow2 image that has the source as its backing store, which may be of any format, and an overlay itself.
-        An encrypted source is refused.
+      - V(linked) makes a qcow2 image that has the source as its backing store. The source may be of any format, and an overlay
+        itself; an encrypted one is refused.
       - Where stated, a volume that exists and is the other kind, or a linked clone of something else, differs.
       - To make a linked clone stand alone later, see O(virtforge.libvirt.storage_volume#module:flatten).
     type: str

@@ -191,11 +191,15 @@ def test_the_forms_for_awx_ask_for_variables_that_the_playbooks_have(host):
     forms = [json.loads(text) for language, text in blocks("playbooks.md") if language == "json"]
     answers = {question["variable"]: question["default"] for question in forms[0]["spec"]}
     answers["capacity"] = "40GiB"
-    safe = forms[1]
+    fan = {question["variable"]: question["default"] for question in forms[1]}
+    fan["names"] = ""
+    safe = forms[2]
     assert set(safe["choices"]) == {"true", "false"}
     for playbook, more, expected in (
         ("clone_volumes", {}, 1),
         ("clone_volumes", {}, 0),
+        ("golden_image_fanout", fan, 1),
+        ("golden_image_fanout", fan, 0),
         ("teardown", {safe["variable"]: "false"}, 1),
         ("teardown", {safe["variable"]: "false"}, 0),
     ):
@@ -222,3 +226,5 @@ def test_the_forms_for_awx_ask_for_variables_that_the_playbooks_have(host):
         if (playbook, expected) == ("clone_volumes", 1):
             images = Path("/var/lib/libvirt/images")
             assert harness.info(images / "web2.qcow2", "qcow2")["virtual-size"] == 40 * GIB
+        if (playbook, expected) == ("golden_image_fanout", 1):
+            assert harness.info(images / "class20.qcow2", "qcow2")["backing-filename"] == str(images / "debian-13.qcow2")

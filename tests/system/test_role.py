@@ -17,6 +17,7 @@ from harness import GIB, MIB, ROOT, info, run, same_content, virsh
 from plays import SYSTEM_PYTHON, User, ansible_playbook, counts, settle, variables
 
 CLONES = "virtforge.libvirt.clone_volumes"
+FANOUT = "virtforge.libvirt.golden_image_fanout"
 TEARDOWN = "virtforge.libvirt.teardown"
 UNSAFE = variables(storage_safe_mode=False)
 
@@ -202,11 +203,60 @@ def test_a_form_leaves_alone_what_the_inventory_declares(pool, qcow2, scratch):
         ({"pool": "/p", "volume": "z"}, "storage_clone_names: what to clone is not stated"),
         ({"storage_pool_path": "/p"}, "storage_pool_path: the pool is not named"),
         ({"storage_clone_names": "a", "storage_clone_source": "b"}, "storage_clone_names: their pool is not stated"),
+        ({"storage_clone_prefix": "a"}, "storage_clone_count:  is no number of clones from 1 to 9999"),
+        ({"storage_clone_prefix": "a", "storage_clone_count": "-1"}, "storage_clone_count: -1 is no number of clones"),
+        ({"storage_clone_count": 3}, "storage_clone_prefix: what the names begin with is not stated"),
+        (
+            {"storage_clone_prefix": "a", "storage_clone_count": 3, "storage_clone_names": "b"},
+            "storage_clone_prefix: it is stated together with storage_clone_names",
+        ),
     ],
 )
 def test_a_form_that_is_filled_in_by_half_is_refused(stated, word):
+    if "storage_clone_prefix" in stated or "storage_clone_count" in stated:
+        stated = {"storage_clone_pool": "/p", "storage_clone_source": "b", **stated}
     status, output = ansible_playbook(CLONES, *variables(**stated))
     assert status == 2 and word in output, output
+
+
+# --- golden_image_fanout, and linked clones -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stated, names, backed",
+    [
+        (
+            {"prefix": "web", "count": "3", "clone_type": "linked", "capacity": "1GiB"},
+            ["web1.qcow2", "web2.qcow2", "web3.qcow2"],
+            3,
+        ),
+        ({"names": ["a", "b.raw"], "format": "raw", "mode": "0640"}, ["a", "b.raw"], 0),
+    ],
+)
+def test_a_golden_image_is_fanned_out_and_swept_up(pool, qcow2, stated, names, backed):
+    # What a form sends for a field that was left empty.
+    form = variables(pool=str(pool), source="base.qcow2", source_pool="", **stated)
+    assert settle(FANOUT, *form) == 1
+    assert sorted(os.listdir(pool)) == sorted(["base.qcow2", "base.raw", *names])
+    images = [info(pool / name, stated.get("format", "qcow2")) for name in names]
+    assert [image.get("backing-filename") for image in images].count(str(qcow2)) == backed
+    assert settle(TEARDOWN, *form, *UNSAFE) == 1
+    assert sorted(os.listdir(pool)) == ["base.qcow2", "base.raw"]
+
+
+def test_a_fanout_needs_names(pool, qcow2):
+    status, output = ansible_playbook(FANOUT, *variables(pool=str(pool), source="base.qcow2"))
+    assert status == 2 and "names: what the volumes shall be called is not stated" in output, output
+    assert sorted(os.listdir(pool)) == ["base.qcow2", "base.raw"]
+
+
+def test_clones_of_the_lists_and_of_the_form_may_be_linked_and_volumes_flattened(pool, qcow2):
+    linked = {"pool": str(pool), "source": "base.qcow2", "clone_type": "linked", "volumes": [{"name": "a"}, {"name": "b"}]}
+    assert settle(CLONES, *variables(storage_clones=[linked])) == 1
+    assert settle(CLONES, *variables(pool=str(pool), source="base.qcow2", volume="c", clone_type="linked")) == 1
+    assert [info(pool / name, "qcow2")["backing-filename"] for name in "abc"] == [str(qcow2)] * 3
+    assert settle(CLONES, *variables(storage_volumes=[{"pool": str(pool), "name": "a", "flatten": True}])) == 1
+    assert "backing-filename" not in info(pool / "a", "qcow2")
 
 
 def test_teardown_wants_a_name_for_each_clone(pool, qcow2):

@@ -144,7 +144,7 @@ def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
             expect_sound()
             hold.finish()
             if step.replaces:
-                refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
+                refuse_in_use(scene, facts.name, f"{what} cannot be {'flattened' if step.flattens else 'replaced'}")
             staged.publish(facts.name, step.replaces)
         except FileExistsError:
             raise

@@ -400,7 +400,6 @@ def _flattening(request: Request, facts: Facts, image: Image) -> Plan:
         now.mode if changed.mode is None else changed.mode,
         now.label if changed.label is None else changed.label,
     )
-    unshared = None if image.format in SHARING else f"a conversion of the format {image.format} writes new blocks"
     step = Create(
         "convert",
         image.format,
@@ -411,7 +410,7 @@ def _flattening(request: Request, facts: Facts, image: Image) -> Plan:
         None,
         replaces=True,
         dropped=_dropped(image),
-        unshared=unshared or _known(facts, "unshareable") or None,
+        unshared=_unshared(request, facts, image, image.format, "convert"),
         flattens=True,
     )
     corrupt = _known(facts, "source_corrupt")

@@ -49,6 +49,12 @@ CLONE = {"pool": "p", "name": "c", "source": "b"}
         ("storage_volume_clone", {**CLONE, "mode": "rwx"}, "('c'): mode: 'rwx' is neither an octal nor a symbolic mode"),
         ("storage_volume_clone", {"pool": "p", "source": "b", "volumes": [{"nme": "v"}]}, ": unknown key volumes.nme"),
         ("storage_volume_clone", {"pool": "p", "source": "b", "volumes": [{"name": "a/b"}]}, ": volumes[0] ('a/b'): name"),
+        (
+            "storage_volume_clone",
+            {**CLONE, "clone_type": "thin"},
+            "('c'): value of clone_type must be one of: full, linked, got: thin",
+        ),
+        ("storage_volume", {**VOLUME, "flatten": "perhaps"}, "('v'): argument 'flatten' is of type"),
         ("storage_volume_clone", "c", ": 'c' is not a dictionary"),
     ],
 )

@@ -772,6 +772,14 @@ def test_flattening_asks_for_what_it_needs(question):
     assert caught.value.question == question
 
 
+def test_flattening_shares_blocks_where_a_clone_would():
+    assert flatten().steps[0].unshared is None
+    assert flatten(unshareable="it is far away").steps[0].unshared == "it is far away"
+    asked_for = flatten(stated={"preallocation": "falloc"}).steps[0]
+    assert (asked_for.preallocation, asked_for.unshared) == ("falloc", "preallocation=falloc asks for blocks of its own")
+    assert "format qed writes new blocks" in flatten(image("qed", backing="/p/base")).steps[0].unshared
+
+
 def test_bitmaps_that_flattening_drops_are_named():
     result = flatten(replace(OVERLAY, bitmaps=1))
     assert result.steps[0].dropped == ("bitmaps",)
