@@ -284,6 +284,13 @@ def test_a_source_that_changes_places_while_it_is_made_is_noticed(pool, qcow2):
     assert not (pool / "web").exists()
 
 
+def test_a_full_pool_is_told_before_anything_is_written(small_file_system):
+    place = small_file_system("ext4", 8 * MIB)
+    harness.make_raw(place / "base.raw", 64 * MIB, ())
+    message = refused("NO_SPACE", pool=place, source="base.raw", name="web", qcow2={"cluster_size": "2M"}, **LINKED)
+    assert "web" in message and "more than is free" in message
+
+
 # --- XML ------------------------------------------------------------------------------------------------------------------
 
 
