@@ -64,7 +64,7 @@ def test_a_tebibyte_costs_what_a_gibibyte_with_the_same_data_does(directory, kin
     small, large = (harness.make_raw(place / f"base{size}.raw", size, pieces) for size in (GIB, TIB))
     run("sync", "-f", place)
     seconds = {small: [], large: []}
-    for _run in range(5):
+    for _run in range(3):
         for source, spent in seconds.items():
             params = {"pool": place, "source": source.name, "name": "web", "method": method, "format": image_format}
             duration, peak = measured(params)
