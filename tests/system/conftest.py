@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -272,15 +274,68 @@ def device(scratch):
         image.unlink()
 
 
-@pytest.fixture(scope="session")
-def gluster(scratch):
-    """A GlusterFS server on 127.0.0.2: the name of its volume."""
+@contextmanager
+def served(script, place, *arguments):
+    """A server of tests/tools, from when it is ready to the end of its standard input."""
     server = subprocess.Popen(
-        [harness.ROOT / "tests" / "tools" / "start-gluster", scratch / "gluster"],
+        [harness.ROOT / "tests" / "tools" / script, place, *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert server.stdout.readline() == "ready\n"
-    yield "gv0"
+    yield
     server.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def gluster(scratch):
+    """A GlusterFS server on 127.0.0.2: the name of its volume."""
+    with served("start-gluster", scratch / "gluster"):
+        yield "gv0"
+
+
+@dataclass(frozen=True)
+class Ceph:
+    """A Ceph on 127.0.0.1 with the RBD pool ``pool``; ``conf`` is for its administrator, ``user`` has ``key``."""
+
+    conf: Path
+    key: str
+    pool: str = "rbd"
+    user: str = "libvirt"
+    host: str = "127.0.0.1"
+    port: int = 16789
+
+    def rbd(self, *arguments):
+        return run("rbd", "-c", self.conf, *arguments)
+
+
+@pytest.fixture(scope="session")
+def ceph(scratch):
+    place = scratch / "ceph"
+    with served("start-ceph", place, Ceph.pool, Ceph.port):
+        yield Ceph(place / "ceph.conf", (place / "key").read_text().strip())
+
+
+@dataclass(frozen=True)
+class Tgt:
+    """An iSCSI server on 127.0.0.1. ``target`` has units for everybody, 1 and 2 in the files ``units``.
+
+    ``chap_target`` has one of 16 MiB, in ``chap_unit``, for ``user`` with ``password``.
+    """
+
+    units: tuple[Path, ...]
+    chap_unit: Path
+    target: str = "iqn.2026-01.test:open"
+    chap_target: str = "iqn.2026-01.test:chap"
+    user: str = "virtforge"
+    password: str = "open-sesame-123"
+    host: str = "127.0.0.1"
+    port: int = 13260
+
+
+@pytest.fixture(scope="session")
+def tgt(scratch):
+    place = scratch / "tgt"
+    with served("start-tgt", place, Tgt.port, "64M", "32M"):
+        yield Tgt((place / "open1", place / "open2"), place / "chap1")
