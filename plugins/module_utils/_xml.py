@@ -166,6 +166,11 @@ def volume_xml(
     return t.cast(str, etree.tostring(root, encoding="unicode", pretty_print=True))
 
 
+def volume_path(document: str) -> t.Optional[str]:
+    """Where libvirt says that a volume is, from what its ``XMLDesc`` returns."""
+    return text_of(child(parse(document, "volume"), "target"), "path") or None
+
+
 def pool_target(document: str) -> PoolXML:
     """Type, name, uuid and target path of a pool, from what its ``XMLDesc`` returns.
 

@@ -13,34 +13,26 @@ import json
 import os
 import time
 import typing as t
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 
 from .. import _xml
 from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.qemu_img import Layer
+from .._pools.devices import DevicePool
 from .._pools.libvirt import LibvirtPool
 from .._transfer import file_copy, guards, locks, pace, staging
-from . import planner, result
+from . import devices, planner, result
 from .facts import Scene
 from .planner import Backing, Create, Facts, Grow, Ownership, Plan, SetPermissions
 from .request import Request
+from .work import Transfer, held, refuse_in_use, source_checked, source_layers
 
 # Each round means that the world changed after we had looked: another host or user published the name, or the source was
 # waited for; then all is judged again.
 _ROUNDS = 5
 # Bytes of a source in the page cache that are not worth keeping: its header, and what readahead took along.
 _COLD = 32 << 20
-
-
-@dataclass
-class Transfer:
-    """How the data got there: ``reflink``, ``copy``, ``convert``, ``link`` or ``libvirt``, and why nothing better served."""
-
-    name: str
-    fallback_reason: t.Optional[str] = None
 
 
 def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
@@ -76,7 +68,7 @@ def judge(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan]:
 
 def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Transfer]]:
     request = scene.request
-    target = locks.key(os.fstat(scene.pool.fd), facts.name)
+    target = scene.pool.lock_key(facts.name)
     sources = source_locks(scene)
     waiting = scene.deadline.sooner(request.lock_timeout, "lock_timeout")
     # While we wait, whoever has the lock must not take us for a user of its target.
@@ -105,7 +97,7 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
 def source_locks(scene: Scene) -> t.List[str]:
     """Names of the locks of the source and all below it; of a volume to be flattened, which is locked itself, all below it."""
     layers = scene.layers[1:] if scene.request.flatten else scene.layers
-    return [locks.key(os.stat(os.path.dirname(image.path) or "/"), os.path.basename(image.path)) for image in layers]
+    return [image.lock_key for image in layers]
 
 
 def wait_for_source(scene: Scene) -> None:
@@ -116,10 +108,12 @@ def wait_for_source(scene: Scene) -> None:
 
 
 def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Transfer]:
+    on_device = isinstance(scene.pool, DevicePool)
     if isinstance(step, Create):
-        return _create_by_libvirt(scene, facts, step) if step.route == "libvirt" else _create(scene, facts, step)
+        how = _create_by_libvirt if step.route == "libvirt" else devices.create if on_device else _create
+        return how(scene, facts, step)
     if isinstance(step, Grow):
-        _grow_in_place(scene, facts, step)
+        (devices.grow if on_device else _grow_in_place)(scene, facts, step)
     else:
         _set_permissions(scene, facts, step)
     return None
@@ -130,8 +124,7 @@ def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Tran
 
 def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
     what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
-    held = [(image.fd, image.what, image.version) for image in scene.layers]
-    with guards.Hold(held) as hold, staging.Staging(scene.pool.fd) as staged, source_checked(scene) as expect_sound:
+    with guards.Hold(held(scene)) as hold, staging.Staging(scene.pool.fd) as staged, source_checked(scene) as expect_sound:
 
         def watch() -> None:
             scene.deadline.check(f"making {what}")
@@ -151,27 +144,6 @@ def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
         except (OSError, CloneError) as exc:
             raise _failed(scene, step, staged.fd, exc, f"writing {what}") from exc
     return transfer
-
-
-@contextmanager
-def source_checked(scene: Scene) -> t.Iterator[t.Callable[[], None]]:
-    """``qemu-img check`` of the source, beside the work. What it gives waits for it; of a work that fails it is the reason.
-
-    :raises CloneError: ``CORRUPT_IMAGE``
-    """
-    with ThreadPoolExecutor(1) as worker:
-        verdict = worker.submit(scene.source_corrupt)
-
-        def expect_sound() -> None:
-            corrupt = verdict.result()
-            if corrupt:
-                raise CloneError("CORRUPT_IMAGE", corrupt)
-
-        try:
-            yield expect_sound
-        except (CloneError, OSError):
-            expect_sound()
-            raise
 
 
 def fill(scene: Scene, step: Create, staged: staging.Staging, what: str, watch: t.Callable[[], None]) -> t.Optional[Transfer]:
@@ -271,7 +243,9 @@ def _convert(scene: Scene, step: Create, target: int, what: str, watch: t.Callab
     exists = step.format == "raw" or step.capacity != probe.round_capacity(step.format, min(source.capacity, step.capacity))
     if exists:
         _leave_blank(scene, step, target, what, watch)
-    arguments = qemu_img.convert(_layers(scene, step), into, options, exists, share=reason is None, bwlimit=scene.rate.limit)
+    arguments = qemu_img.convert(
+        source_layers(scene, step), into, options, exists, share=reason is None, bwlimit=scene.rate.limit
+    )
     limit = step.capacity + step.capacity // 4 + (128 << 20)
     hot = [image.fd for image in scene.layers if pace.resident(image.fd, 0, guards.length(image.fd)) > _COLD]
     scene.qemu.run(arguments, names, f"converting {scene.layers[0].what}", watch, file_limit=limit)
@@ -296,14 +270,6 @@ def _link(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[
     if not os.path.samestat(os.stat(backing.path), os.fstat(source.fd)):
         raise CloneError("IN_USE", f"{source.what} was replaced while it was looked at")
     return Transfer("link")
-
-
-def _layers(scene: Scene, step: Create) -> t.List[Layer]:
-    """The source as far as it is cloned: only raw ones are shrunk, and only where nothing but zeros is cut off."""
-    layers = [image.layer for image in scene.layers]
-    if step.capacity < scene.layers[0].image.capacity:
-        layers = [Layer(layers[0].fd, "raw", layers[0].block, probe.round_capacity(step.format, step.capacity))]
-    return layers
 
 
 def _not_shared(scene: Scene, target: Layer, what: str, watch: t.Callable[[], None]) -> t.Optional[str]:
@@ -341,7 +307,7 @@ def _verify(scene: Scene, step: Create, target: int, what: str, watch: t.Callabl
     pace.forget(target)
     names = {image.fd: image.what for image in scene.layers}
     names[target] = what
-    layers = _layers(scene, step)
+    layers = source_layers(scene, step)
     arguments = qemu_img.compare(layers, [Layer(target, step.format), *(layers if step.backing else ())])
     if scene.qemu.run(arguments, names, f"comparing {what} with its source", watch, accept=(0, 1))[0]:
         raise CloneError("IO_ERROR", f"verify: {what} does not read as {scene.layers[0].what} does")
@@ -378,13 +344,6 @@ def _grow_image(
         # qemu-img cannot resize a version 2 image that has snapshots: they do not record their own size.
         scene.qemu.run(qemu_img.amend_compat(layers), names, f"amending {what}", watch)
     scene.qemu.run(qemu_img.resize(layers, step.capacity, step.preallocation), names, f"growing {what}", watch)
-
-
-def refuse_in_use(scene: Scene, name: str, doing: str) -> None:
-    """For the last moment: somebody may have begun to use the target while the new one was made."""
-    why = scene.target_in_use(name)
-    if why:
-        raise CloneError("IN_USE", f"{doing}: {why}")
 
 
 def _create_by_libvirt(scene: Scene, facts: Facts, step: Create) -> Transfer:

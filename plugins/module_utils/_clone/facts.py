@@ -25,9 +25,10 @@ from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.probe import Image
 from .._images.qemu_img import Layer, QemuImg
+from .._pools.devices import Device, DevicePool, DiskPool
 from .._pools.directory import DirectoryPool, kind_of
 from .._pools.libvirt import Connection, LibvirtPool
-from .._transfer import file_copy, guards, staging
+from .._transfer import device, file_copy, guards, locks, staging
 from .._transfer.pace import Rate
 from .._volumes.inventory import Inventory
 from . import planner
@@ -56,10 +57,18 @@ class OpenImage:
     image: Image
     block: bool
     version: t.Tuple[int, ...]
+    #: of the lock that whoever changes it holds; empty for a file, whose place says it
+    lock: str = ""
+    #: options by which qemu-img reaches what is no file here; ``fd`` is then its key
+    network: t.Optional[t.Mapping[str, t.Any]] = None
 
     @property
     def layer(self) -> Layer:
-        return Layer(self.fd, self.image.format, self.block)
+        return Layer(self.fd, self.image.format, self.block, network=self.network)
+
+    @property
+    def lock_key(self) -> str:
+        return self.lock or locks.key(os.stat(os.path.dirname(self.path) or "/"), os.path.basename(self.path))
 
 
 class Scene:
@@ -78,6 +87,8 @@ class Scene:
         #: a volume just made whose file is copied in place of the source
         self.donor: t.Optional[OpenImage] = None
         self.target_fd = -1
+        #: the target where it is a device
+        self.target_device: t.Optional[Device] = None
         #: what lies below the target, once somebody asked
         self.target_below: t.List[OpenImage] = []
         #: when the whole task has to be over
@@ -148,17 +159,25 @@ class Scene:
 
     def gather(self) -> Facts:
         """The facts that every plan needs."""
-        request = self.request
         self.close_files()
         source = self.open_source() if self._first is None else self.told["source"]
+        pool = self._pools.get(self.request.pool)
+        if isinstance(pool, DevicePool) and self.request.format is None:
+            self.request = replace(self.request, format="raw")
+        request = self.request
+        if isinstance(pool, DiskPool) and request.name is None:
+            raise CloneError("INVALID_ARG", f"name: state it; the next partition of pool {pool.name!r} is {pool.next_name()!r}")
         name = request.name or made_up_name(
             request.source_name, target_format(request, source.image), source.image.format if source.image else None
         )
-        pool = self._pools.get(request.pool)
         if pool is None:
             facts = PoolFacts(request.pool, "unknown", None, self._missing[request.pool])
             return self._with_user(Facts(facts, source, TargetFacts(), name, self.check_mode))
         facts = PoolFacts(pool.name, pool.type, pool.path)
+        if isinstance(pool, DevicePool):
+            taken = t.cast(t.Set[str], self.told.get("names", set()))
+            facts = replace(facts, granularity=pool.granularity, next_name=pool.next_name(taken))
+            return self._with_user(Facts(facts, source, self._target_device(pool, name, source), name, self.check_mode))
         label = _default_label(pool.path_of(name))
         return self._with_user(
             Facts(facts, source, self._target(pool, name, source), name, self.check_mode, default_label=label)
@@ -184,6 +203,8 @@ class Scene:
         pool = self._pools.get(pool_name)
         if pool is None:
             return replace(facts, gone=self._missing[pool_name])
+        if isinstance(pool, DevicePool):
+            return self._source_device(facts, pool)
         facts = replace(facts, path=pool.path_of(name))
         status = pool.lstat(name)
         path = facts.path
@@ -192,6 +213,16 @@ class Scene:
             if os.path.lexists(path):
                 self._refuse_outside(path, f"{facts.what} is a symbolic link to {path!r}")
         return self._open_source(replace(facts, key=self._key_of(os.path.realpath(path))), path, pool)
+
+    def _source_device(self, facts: SourceFacts, pool: DevicePool) -> SourceFacts:
+        volume = pool.volume(t.cast(str, facts.name))
+        if volume is None:
+            return replace(facts, gone=f"{facts.what} does not exist")
+        opened = self._open_source(replace(facts, path=volume.path, key=volume.path), os.path.realpath(volume.path), pool)
+        self.layers[0].lock = pool.lock_key(volume.name)
+        if device.is_marked(self.layers[0].fd):
+            raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that made it was killed")
+        return replace(opened, owner=None)
 
     def _open_source(self, facts: SourceFacts, path: str, pool: t.Optional[DirectoryPool]) -> SourceFacts:
         try:
@@ -303,7 +334,8 @@ class Scene:
             raise CloneError(
                 "OPERATION_DENIED", f"the target in pool {self.pool.name!r} cannot be opened by this user; use become"
             )
-        topmost = OpenImage(self.target_fd, self._target_name(), _path_of(self.target_fd), image, False, ())
+        block = self.target_device is not None
+        topmost = OpenImage(self.target_fd, self._target_name(), _path_of(self.target_fd), image, block, ())
         if image.backing is not None and not self.target_below:
             layers = [topmost]
             try:
@@ -391,6 +423,26 @@ class Scene:
             mode=stat.S_IMODE(status.st_mode) & 0o777,
             label=staging.get_label(self.target_fd),
         )
+
+    def _target_device(self, pool: DevicePool, name: str, source: SourceFacts) -> TargetFacts:
+        self.target_device = pool.volume(name)
+        if self.target_device is None:
+            return TargetFacts()
+        what = f"volume {name!r} of pool {pool.name!r}"
+        try:
+            self.target_fd, _block = _open_image(os.path.realpath(self.target_device.path), what)
+        except FileNotFoundError:
+            return TargetFacts()
+        identity = _identity(os.fstat(self.target_fd))
+        capacity = self.target_device.capacity
+        if self.target_device.zero_from is not None:
+            # A run that grew it was killed before what it added was zeroed.
+            capacity = min(capacity, self.target_device.zero_from)
+        facts = TargetFacts(Image("raw", capacity), identity)
+        if identity == source.identity:
+            return facts
+        image = probe.read_raw(capacity, (), os.pread(self.target_fd, 8, 0))
+        return replace(facts, image=image, unfinished=device.is_marked(self.target_fd))
 
     def _below_target(self, image: Image, source: SourceFacts) -> t.Tuple[bool, t.Optional[int]]:
         """Whether the target's backing store is the source, and how many images lie below the target; None if that is not told.
@@ -492,6 +544,8 @@ class Scene:
 
     def _target_dependents(self, facts: Facts) -> Dependents:
         """One look at all volumes serves all clones of a task; it is taken anew with each look at their source."""
+        if isinstance(self.pool, DevicePool):
+            return Dependents(tuple(self.pool.dependents(facts.name)))
         if "inventory" not in self.told:
             with closing(Inventory(self.request.uri, self.request.pool, "", self.deadline)) as inventory:
                 inventory.open_pool()
@@ -567,6 +621,8 @@ class Scene:
         return max(self._space_taken(step) + reserved - self.pool.available(), 0)
 
     def _space_taken(self, step: Create) -> int:
+        if isinstance(self.pool, DevicePool):
+            return self.pool.space_for(step.capacity, self.target_device)
         if step.route == "libvirt" or (step.route not in ("blank", "link") and step.unshared is None):
             return 0
         if (
@@ -581,8 +637,9 @@ class Scene:
             self.told[step] = self.space_needed(step)
         return t.cast(int, self.told[step])
 
-    def reserve(self, step: Create) -> None:
+    def reserve(self, step: Create, name: str) -> None:
         """What this one takes is not there for the next clone of the same source."""
+        self.told.setdefault("names", set()).add(name)
         self.told["reserved"] = self.told.get("reserved", 0) + self._space_taken(step)
         self.told.setdefault("kinds", set()).add(planner.kind(step))
 
@@ -593,6 +650,8 @@ class Scene:
         """Why source and target cannot share blocks; empty where they may: only trying it, with the staged file, tells."""
         if not self.layers:
             return "there is no source"
+        if isinstance(self.pool, DevicePool):
+            return f"the target is a volume of a {self.pool.type} pool"
         source, target = self.layers[0].fd, self.pool.fd
         if self.layers[0].block:
             return "the source is a block device"
@@ -613,6 +672,9 @@ class Scene:
 
     def target_in_use(self, name: str) -> str:
         """Who uses the target now, or that it is another file by now; empty for neither."""
+        if self.target_device is not None:
+            who = self._users_now(name)
+            return f"it is open by {who}" if who else ""
         status = self.pool.lstat(name)
         if status is None or not os.path.samestat(status, os.fstat(self.target_fd)):
             return "another file has its name by now"

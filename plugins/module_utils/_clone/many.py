@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from .._errors import CloneError, from_os_error
 from .._transfer import guards, locks, staging
 from . import executor, planner, result
-from .executor import Transfer
 from .facts import OpenImage, Scene
 from .planner import Create, Facts, Plan
 from .request import Request
+from .work import Transfer, held, refuse_in_use, source_checked
 
 # Volumes that are made together; each holds three descriptors meanwhile.
 _BATCH = 250
@@ -56,9 +56,14 @@ class Job:
 
     @property
     def creates(self) -> t.Optional[Create]:
-        """The step that makes a new file to be staged; a plan has at most one."""
+        """The step that makes a new volume; a plan has at most one."""
         steps = self.plan.steps if self.plan and not self.error else ()
-        return next((step for step in steps if isinstance(step, Create) and step.route != "libvirt"), None)
+        return next((step for step in steps if isinstance(step, Create)), None)
+
+    @property
+    def stages(self) -> bool:
+        """Whether the new volume is a file to be staged; the others are made one by one."""
+        return self.creates is not None and self.creates.route not in ("device", "libvirt")
 
     def attempt(self, work: t.Callable[[], None]) -> None:
         """Do something for this volume alone: if it fails, that is this volume's error."""
@@ -103,7 +108,7 @@ def _judge(job: Job) -> None:
         job.error = job.plan = None
         job.facts, job.plan = executor.judge(job.scene, job.scene.gather())
         if job.creates:
-            job.scene.reserve(job.creates)
+            job.scene.reserve(job.creates, job.facts.name)
 
     job.attempt(judge)
 
@@ -119,8 +124,7 @@ def _raise_limit() -> None:
 
 
 def _change(first: Scene, jobs: t.Sequence[Job]) -> None:
-    directory = os.fstat(first.pool.fd)
-    targets = [locks.key(directory, t.cast(str, job.request.name)) for job in jobs]
+    targets = [first.pool.lock_key(t.cast(str, job.request.name)) for job in jobs]
     waiting = first.deadline.sooner(first.request.lock_timeout, "lock_timeout")
     # While we wait, whoever has a lock must not take us for a user of its target.
     first.close_files()
@@ -135,9 +139,9 @@ def _change(first: Scene, jobs: t.Sequence[Job]) -> None:
             if any(job.facts and job.facts.source_writers and job.creates for job in jobs):
                 executor.wait_for_source(first)
                 continue
-            _create_all(first, [job for job in jobs if job.creates])
+            _create_all(first, [job for job in jobs if job.stages])
             for job in jobs:
-                if not job.creates and job.plan and not job.error:
+                if not job.stages and job.plan and not job.error:
                     job.attempt(functools.partial(_carry_out, job))
                 job.scene.close_files()
             jobs = [job for job in jobs if job.taken]
@@ -156,8 +160,7 @@ def _create_all(first: Scene, jobs: t.Sequence[Job]) -> None:
     """Fill all, sync once, name all."""
     if not jobs:
         return
-    held = [(image.fd, image.what, image.version) for image in first.layers]
-    with guards.Hold(held) as hold, executor.source_checked(first) as expect_sound, ExitStack() as stack:
+    with guards.Hold(held(first)) as hold, source_checked(first) as expect_sound, ExitStack() as stack:
         for job in jobs:
             job.attempt(functools.partial(_stage, job, stack))
 
@@ -188,7 +191,7 @@ def _stage(job: Job, stack: ExitStack) -> None:
 def _name(job: Job) -> None:
     step, facts = t.cast(Create, job.creates), t.cast(Facts, job.facts)
     if step.replaces:
-        executor.refuse_in_use(job.scene, facts.name, f"{job.what} cannot be replaced")
+        refuse_in_use(job.scene, facts.name, f"{job.what} cannot be replaced")
     t.cast(staging.Staging, job.staged).name(facts.name, step.replaces)
 
 

@@ -18,9 +18,12 @@ from dataclasses import dataclass, replace
 
 from .._errors import CloneError
 from .._images.probe import EMPTY_UNREADABLE, GROWABLE, SHARING, Image, Qcow2Features, round_capacity
+from .._pools import capabilities
 from .._units import format_bytes
 from .._volumes import entry
 from .request import Request, qcow2_features
+
+Identity = t.Tuple[t.Union[int, str], ...]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ class PoolFacts:
     type: str
     path: t.Optional[str]
     missing: t.Optional[str] = None
+    #: the unit in bytes in which it gives space to a volume
+    granularity: int = 1
+    #: the only name that the next volume can have, where the pool decides that
+    next_name: t.Optional[str] = None
+
+    @property
+    def able(self) -> capabilities.Capabilities:
+        return capabilities.of(self.type)
 
 
 @dataclass(frozen=True)
@@ -53,17 +64,19 @@ class SourceFacts:
     name: t.Optional[str] = None
     image: t.Optional[Image] = None
     gone: str = ""
-    #: device and inode of the file, or the device number of a block device
-    identity: t.Optional[t.Tuple[int, ...]] = None
+    #: device and inode of the file, the device number of a block device, or what else is the same only for itself
+    identity: t.Optional[Identity] = None
     block: bool = False
     #: identities of the images below the topmost
-    below: t.Tuple[t.Tuple[int, ...], ...] = ()
+    below: t.Tuple[Identity, ...] = ()
     #: uid, gid and mode, known only for a file volume of a pool: a clone takes them over
     owner: t.Optional[t.Tuple[int, int, int]] = None
     #: libvirt's key of the file, its path in the pool that it lies in: what a linked clone records
     key: str = ""
     #: the directory that it lies in, when that is none of the pools that the task names
     outside: str = ""
+    #: whether only qemu-img reaches it, by network
+    network: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class TargetFacts:
     """A volume that exists under the target's name; ``image`` is None when there is none. Sizes in bytes."""
 
     image: t.Optional[Image] = None
-    identity: t.Optional[t.Tuple[int, ...]] = None
+    identity: t.Optional[Identity] = None
     #: what stands in the way under that name, when it is no regular file
     obstacle: t.Optional[str] = None
     uid: int = -1
@@ -82,6 +95,8 @@ class TargetFacts:
     on_source: bool = False
     #: number of images below it; None where the chain cannot be followed
     depth: t.Optional[int] = None
+    #: whether it carries the mark of a volume that is not whole: nobody's data
+    unfinished: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ class Create:
     """Make a new volume and publish it, in place of an old one when ``replaces``.
 
     ``route``: ``copy`` copies the file as it is and grows it, ``convert`` has qemu-img write it, ``libvirt`` has libvirt;
-    ``link`` makes an overlay of the source; ``blank`` has no source.
+    ``link`` makes an overlay of the source; ``blank`` has no source; ``device`` fills a device, from a source if there is one.
     """
 
     route: str
@@ -243,6 +258,8 @@ def plan(request: Request, facts: Facts) -> Plan:
     :raises Unanswered: a fact is missing
     """
     target = facts.target
+    if facts.pool.able.devices:
+        _refuse_device(request, facts)
     if request.linked:
         _refuse_linked(request, facts)
     if target.identity is not None and target.identity == facts.source.identity:
@@ -251,7 +268,10 @@ def plan(request: Request, facts: Facts) -> Plan:
         raise CloneError("INVALID_ARG", f"{_what(facts)} is a backing store of {facts.source.what}")
     if target.obstacle:
         raise CloneError("STORAGE_VOL_EXIST", f"{_what(facts)} cannot be made: its name is taken by {target.obstacle}")
-    result = _existing(request, facts, target.image) if target.image else _absent(request, facts, replaces=False)
+    if target.image and not target.unfinished:
+        result = _existing(request, facts, target.image)
+    else:
+        result = _absent(request, facts, replaces=False)
     if result.steps and not facts.pool.missing:
         only = result.steps[0] if len(result.steps) == 1 else None
         denied = _known(facts, "denied", only if isinstance(only, Create) else None)
@@ -316,6 +336,29 @@ def _refuse_linked(request: Request, facts: Facts) -> None:
         )
 
 
+def _refuse_device(request: Request, facts: Facts) -> None:
+    """What a volume that is a device can never be, or have, whether or not it exists already."""
+    what, able = f"{_what(facts)}, which is of type {facts.pool.type},", facts.pool.able
+    if request.format not in (None, *able.formats):
+        raise CloneError("NO_SUPPORT", f"format: {request.format} is not possible for {what} which holds only raw")
+    stated = {
+        "owner": request.owner,
+        "group": request.group,
+        "mode": request.mode,
+        "seuser, serole, setype, selevel": request.label or None,
+        "qcow2.nocow": request.nocow,
+    }
+    for parameter, value in stated.items():
+        if value is not None:
+            raise CloneError("NO_SUPPORT", f"{parameter}: has no meaning for {what} a device")
+    if request.preallocation != "off":
+        raise CloneError("CONFIG_UNSUPPORTED", f"preallocation={request.preallocation} is not possible for {what} a device")
+    if request.linked and not able.linked:
+        raise CloneError("NO_SUPPORT", f"clone_type=linked is not possible for {what} where there are only full clones")
+    if not able.create and request.compare != "content":
+        raise CloneError("INVALID_ARG", f"compare: state content for {what} whose volumes exist before anything is cloned")
+
+
 # --- a volume of that name exists ---------------------------------------------------------------------------------------
 
 
@@ -333,7 +376,7 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
     warnings = []
     steps: t.List[Step] = []
     after = before
-    wanted = _stated_capacity(request, image.format)
+    wanted = _stated_capacity(request, facts, image.format)
     if wanted is not None and image.capacity < wanted:
         steps.append(_growth(request, facts, image, wanted))
         after = replace(after, capacity=wanted)
@@ -382,7 +425,7 @@ def _flattening(request: Request, facts: Facts, image: Image) -> Plan:
         )
     if image.unclean:
         raise CloneError("CORRUPT_IMAGE", f"{what} is marked {image.unclean}: run qemu-img check on it first")
-    wanted = _stated_capacity(request, image.format)
+    wanted = _stated_capacity(request, facts, image.format)
     capacity = round_capacity(image.format, image.capacity)
     if wanted is not None and wanted > image.capacity:
         _growth(request, facts, image, wanted)
@@ -426,6 +469,8 @@ def _drop_warnings(facts: Facts, step: Create) -> t.List[str]:
 
 
 def _replacement(request: Request, facts: Facts) -> Plan:
+    if facts.pool.able.devices and facts.target.image and facts.target.image.encrypted:
+        raise CloneError("NO_SUPPORT", f"{_what(facts)} cannot be replaced: it is encrypted (LUKS); delete it first")
     dependents: Dependents = _known(facts, "target_dependents")
     if dependents.names:
         raise CloneError("OPERATION_INVALID", f"{_what(facts)} cannot be replaced: {entry.depend(dependents.names)}")
@@ -448,7 +493,7 @@ def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
         found.append(f"it is a linked clone of {image.backing!r}, asked for is clone_type=full")
     if request.linked:
         found += _linked_otherwise(facts, image)
-    wanted = _stated_capacity(request, image.format)
+    wanted = _stated_capacity(request, facts, image.format)
     if wanted is not None and image.capacity > wanted and not _rounded_by_geometry(image, wanted):
         found.append(f"its capacity is {format_bytes(image.capacity)}, asked for is {format_bytes(wanted)}")
     if request.compare == "content" and not found:
@@ -473,8 +518,14 @@ def _linked_otherwise(facts: Facts, image: Image) -> t.List[str]:
     return []
 
 
-def _stated_capacity(request: Request, image_format: str) -> t.Optional[int]:
-    return None if request.capacity is None else round_capacity(image_format, request.capacity)
+def _stated_capacity(request: Request, facts: Facts, image_format: str) -> t.Optional[int]:
+    return None if request.capacity is None else _rounded(facts, image_format, request.capacity)
+
+
+def _rounded(facts: Facts, image_format: str, capacity: int) -> int:
+    """The smallest capacity, not below this one, that format and pool can represent."""
+    unit = facts.pool.granularity
+    return -(-round_capacity(image_format, capacity) // unit) * unit
 
 
 def _rounded_by_geometry(image: Image, wanted: int) -> bool:
@@ -488,6 +539,8 @@ def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:
         raise CloneError("DIFFERS", f"{_what(facts)} has {sizes}, and resize is false")
     if image.format not in GROWABLE:
         raise CloneError("NO_SUPPORT", f"{_what(facts)} has {sizes}; a {image.format} volume cannot be grown")
+    if not facts.pool.able.grow:
+        raise CloneError("NO_SUPPORT", f"{_what(facts)} has {sizes}; a volume of a {facts.pool.type} pool cannot be grown")
     _refuse_preallocation(request.preallocation, image.format)
     _refuse_target_chain(facts, image)
     _refuse_in_use(facts, "grown")
@@ -534,6 +587,8 @@ def merged_label(current: t.Optional[str], stated: t.Mapping[str, str]) -> t.Opt
 
 
 def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
+    if facts.pool.able.devices and not facts.target.image:
+        _refuse_new_device(facts)
     if request.blank:
         return _blank(request, facts, replaces)
     source = facts.source.image
@@ -550,11 +605,13 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
 
     image_format = target_format(request, source) or source.format
     _refuse_options(request, image_format)
-    capacity = _stated_capacity(request, image_format)
+    capacity = _stated_capacity(request, facts, image_format)
     if capacity is None:
-        capacity = round_capacity(image_format, source.capacity)
+        capacity = _rounded(facts, image_format, source.capacity)
     elif capacity < source.capacity:
         _refuse_shrinking(request, facts, source, capacity)
+    if facts.target.image and facts.pool.able.staging == "mark":
+        capacity = _refilled(facts, facts.target.image, capacity)
 
     _refuse_empty(image_format, capacity)
     features = qcow2_features(request.qcow2, source.qcow2) if image_format == "qcow2" else None
@@ -578,16 +635,37 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
     return _creation(facts, step, _drop_warnings(facts, step))
 
 
+def _refuse_new_device(facts: Facts) -> None:
+    pool = facts.pool
+    if not pool.able.create:
+        raise CloneError("NO_SUPPORT", f"{_what(facts)} does not exist, and a pool of type {pool.type} cannot make one")
+    if pool.next_name not in (None, facts.name):
+        raise CloneError("INVALID_ARG", f"name: {_what(facts)} cannot be made: its next volume is {pool.next_name!r}")
+
+
+def _refilled(facts: Facts, image: Image, needed: int) -> int:
+    """A device that is filled again keeps its size."""
+    if image.capacity < needed:
+        raise CloneError(
+            "NO_SUPPORT",
+            f"{_what(facts)} has {format_bytes(image.capacity)}, needed are {format_bytes(needed)}; it cannot be grown",
+        )
+    return image.capacity
+
+
 def _blank(request: Request, facts: Facts, replaces: bool) -> Plan:
     image_format = request.format or "raw"
     _refuse_options(request, image_format)
     if request.capacity is None:
         raise CloneError("INVALID_ARG", f"capacity: {_what(facts)} does not exist, and nothing states how large it shall be")
-    capacity = round_capacity(image_format, request.capacity)
+    capacity = _rounded(facts, image_format, request.capacity)
+    if facts.target.image and facts.pool.able.staging == "mark":
+        capacity = _refilled(facts, facts.target.image, capacity)
     _refuse_empty(image_format, capacity)
     features = qcow2_features(request.qcow2, None) if image_format == "qcow2" else None
     owner = _new_ownership(request, facts)
-    step = Create("blank", image_format, capacity, owner, features, request.preallocation, request.nocow, replaces)
+    route = "device" if facts.pool.able.devices else "blank"
+    step = Create(route, image_format, capacity, owner, features, request.preallocation, request.nocow, replaces)
     if facts.pool.missing:
         return Plan(None, _state_after(step), (step,), (_presumed(facts.pool.missing),))
     return _creation(facts, step, [])
@@ -639,7 +717,7 @@ def _predicted(request: Request, facts: Facts) -> Plan:
         capacity = facts.source.image.capacity
     if image_format is not None:
         _refuse_options(request, image_format)
-        capacity = None if capacity is None else round_capacity(image_format, capacity)
+        capacity = None if capacity is None else _rounded(facts, image_format, capacity)
     step = Create("copy", image_format or "raw", capacity or 0, owner)
     after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label, _backing(request, facts))
     return Plan(None, after, (step,), (_presumed(why),))
@@ -696,8 +774,11 @@ def _route(
             raise CloneError("INVALID_ARG", "method=libvirt needs a libvirt pool for both the source and the target")
         _refuse_by_libvirt(request, source, image_format, capacity, features)
         return "libvirt"
+    if facts.pool.able.devices and (source.format == "raw" or not source.encrypted):
+        return "device"
     whole_file = (
         image_format == source.format
+        and not (facts.source.network or facts.pool.able.devices)
         and source.backing is None
         and features == source.qcow2
         and (capacity <= source.capacity or image_format in GROWABLE)
@@ -775,6 +856,8 @@ def _new_ownership(request: Request, facts: Facts) -> Ownership:
 
     A user who may not give files away keeps his own where nothing was stated.
     """
+    if facts.pool.able.devices:
+        return Ownership()
     uid, gid, mode = facts.uid, facts.gid, 0o600
     if facts.source.owner is not None:
         source_uid, source_gid, mode = facts.source.owner

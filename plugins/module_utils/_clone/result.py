@@ -17,9 +17,9 @@ from .._volumes import entry
 from .planner import Backing, Create, Facts, Plan, SourceFacts, State
 
 if t.TYPE_CHECKING:  # pragma: no cover
-    from .executor import Transfer
     from .facts import Scene
     from .many import Job
+    from .work import Transfer
 
 #: What a result says of a volume, null where there is none.
 _OF_A_VOLUME = (
@@ -47,7 +47,11 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
     actions = plan.actions
     created = next((step for step in plan.steps if isinstance(step, Create)), None)
     path = os.path.join(facts.pool.path, facts.name) if facts.pool.path else None
-    on_disk = _stat(path) if path and not (scene.check_mode and created) else None
+    there = not (scene.check_mode and created)
+    devices = facts.pool.able.devices
+    if scene.target_device is not None:
+        path = scene.target_device.path
+    on_disk = _stat(path) if path and there and not devices else None
     after = plan.after
     if on_disk is not None and not scene.check_mode:
         after = replace(after, uid=on_disk.st_uid, gid=on_disk.st_gid, mode=on_disk.st_mode & 0o777)
@@ -56,14 +60,14 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
         "pool": facts.pool.name,
         "path": path,
         "key": path,
-        "type": "file",
-        "allocation": on_disk.st_blocks * 512 if on_disk else None,
-        "physical": on_disk.st_size if on_disk else None,
+        "type": "block" if devices else "file",
+        "allocation": on_disk.st_blocks * 512 if on_disk else after.capacity if devices and there else None,
+        "physical": on_disk.st_size if on_disk else after.capacity if devices and there else None,
         "backing": _backing(after.backing),
         "changed": bool(actions),
         "actions": actions,
         "transfer": transfer.name if transfer else None,
-        "shared": _shared(path) if transfer else None,
+        "shared": _shared(path) if transfer and not devices else None,
         "fallback_reason": transfer.fallback_reason if transfer else None,
         "dropped": list(created.dropped) if created else [],
         "duration": round(duration, 3),

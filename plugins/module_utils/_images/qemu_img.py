@@ -30,19 +30,51 @@ _BACKED = ("qcow2", "qed", "qcow", "vmdk")
 
 @dataclass(frozen=True)
 class Layer:
-    """One open image file of a chain.
+    """One open image file, or device, of a chain.
 
-    ``size`` limits a raw layer to that many bytes from its start (a multiple of 512); None is all of it.
+    ``size`` limits a raw layer to that many bytes (a multiple of 512) from ``offset`` on; None is all that follows.
+
+    ``network`` is for what is no file here: qemu's options of that image. ``fd`` is then a file that holds its key, and no
+    command line does: the options name it by :func:`key_of`.
     """
 
     fd: int
     format: str
     block: bool = False
     size: t.Optional[int] = None
+    offset: int = 0
+    network: t.Optional[t.Mapping[str, t.Any]] = None
 
     @property
     def path(self) -> str:
         return f"/proc/self/fd/{self.fd}"
+
+    @property
+    def node(self) -> t.Dict[str, t.Any]:
+        """What qemu opens, without what lies below it: ``BlockdevOptions`` of its block-core.json."""
+        node: t.Dict[str, t.Any] = {"driver": self.format}
+        if self.size is not None or self.offset:
+            node["offset"] = self.offset
+        if self.size is not None:
+            node["size"] = self.size
+        if self.network is not None:
+            node["file"] = dict(self.network)
+        else:
+            node["file"] = {"driver": "host_device" if self.block else "file", "filename": self.path}
+        return node
+
+
+def key_of(fd: int) -> str:
+    """The name that the content of an open file has as a secret of qemu's."""
+    return f"key{fd}"
+
+
+def _secrets(layers: t.Iterable[Layer]) -> t.List[str]:
+    arguments = []
+    for layer in layers:
+        if layer.network is not None:
+            arguments += ["--object", f"secret,id={key_of(layer.fd)},format=base64,file={layer.path}"]
+    return arguments
 
 
 def source_arguments(layers: t.Sequence[Layer]) -> t.List[str]:
@@ -51,17 +83,31 @@ def source_arguments(layers: t.Sequence[Layer]) -> t.List[str]:
     A chain is spelled out layer by layer, and said to end where ours ends, so that no name which an image records is looked
     up by qemu: since our look at the header it could have come to say another thing, or the name to mean another file.
     """
-    if len(layers) == 1 and layers[0].size is None and layers[0].format not in _BACKED:
-        return ["-f", layers[0].format, layers[0].path]
+    top = layers[0]
+    if len(layers) == 1 and top.size is None and not top.offset and top.network is None and top.format not in _BACKED:
+        return ["-f", top.format, top.path]
+    return [*_secrets(layers), "json:" + json.dumps(source_node(layers))]
+
+
+def source_node(layers: t.Sequence[Layer]) -> t.Dict[str, t.Any]:
+    """A chain whose first layer is the topmost, for qemu."""
     node: t.Optional[t.Dict[str, t.Any]] = None
     for layer in reversed(layers):
-        below, node = node, {"driver": layer.format}
-        if layer.size is not None:
-            node.update(offset=0, size=layer.size)
-        node["file"] = {"driver": "host_device" if layer.block else "file", "filename": layer.path}
+        below, node = node, layer.node
         if below is not None or layer.format in _BACKED:
             node["backing"] = below
-    return ["json:" + json.dumps(node)]
+    return t.cast(t.Dict[str, t.Any], node)
+
+
+def _flat(node: t.Mapping[str, t.Any], prefix: str = "") -> t.Iterator[str]:
+    """Options in the syntax of ``--image-opts``, where a comma is written twice."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            yield from _flat({str(index): one for index, one in enumerate(value)}, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={str(value).replace(',', ',,')}"
 
 
 def creation_options(image_format: str, qcow2: t.Optional[Qcow2Features], preallocation: str) -> t.List[str]:
@@ -114,6 +160,20 @@ def convert(
     return ["convert", *how, *pace, *into, "-O", target.format, *source_arguments(layers), target.path]
 
 
+def fill(
+    source: t.Mapping[str, t.Any], layers: t.Sequence[Layer], target: Layer, zero: bool, bwlimit: t.Optional[int]
+) -> t.List[str]:
+    """Write ``source``, a node made of ``layers``, into a raw target that exists; ``zero`` says that the target reads as zeros.
+
+    ``-t writeback``: what is written to a network has to be flushed when it is closed. Zeros are looked for in blocks of 4 KiB.
+    """
+    pace = [] if bwlimit is None else ["-r", str(bwlimit)]
+    known = ["--target-is-zero"] if zero else []
+    where = ["--target-image-opts", *_secrets([*layers, target])]
+    into = ",".join(_flat(target.node))
+    return ["convert", "-n", "-W", "-t", "writeback", *pace, *known, *where, "json:" + json.dumps(source), into]
+
+
 def resize(layers: t.Sequence[Layer], capacity: int, preallocation: str) -> t.List[str]:
     """With what lies below: where that is longer than the image was, qemu has to write zeros over it."""
     extra = [] if preallocation == "off" else [f"--preallocation={preallocation}"]
@@ -135,13 +195,14 @@ def check(layer: Layer) -> t.List[str]:
 
 def info(layer: Layer) -> t.List[str]:
     """``-U``: an image that a domain has open can still be described."""
+    if layer.network is not None:
+        return ["info", "-U", "--output=json", *source_arguments([layer])]
     return ["info", "-U", "--output=json", "-f", layer.format, layer.path]
 
 
 def compare(layers: t.Sequence[Layer], target: t.Sequence[Layer]) -> t.List[str]:
-    *source_format, source = source_arguments(layers)
-    *target_format, image = source_arguments(target)
-    return ["compare", "-q", "-U", *source_format, *(["-F", target_format[1]] if target_format else []), source, image]
+    nodes = ("json:" + json.dumps(source_node(side)) for side in (layers, target))
+    return ["compare", "-q", "-U", *_secrets({layer.fd: layer for layer in (*layers, *target)}.values()), *nodes]
 
 
 def measure(layers: t.Sequence[Layer], target_format: str, options: t.List[str]) -> t.List[str]:

@@ -14,20 +14,43 @@ from .._images.probe import FORMATS
 
 @dataclass(frozen=True)
 class Capabilities:
-    """``formats`` are those that a new volume can have; ``clone`` is being the target of a full clone."""
+    """``formats`` are those that a new volume can have; ``clone`` is being the target of a full clone, ``linked`` of a linked.
+
+    ``staging`` is how nobody takes an unfinished volume for a whole one: a ``file`` has no name until it is whole, a device has
+    another name (``rename``), or where it cannot be renamed a mark in its first block (``mark``).
+    """
 
     create: bool = False
     clone: bool = False
+    linked: bool = False
     grow: bool = False
     delete: bool = False
     formats: t.Tuple[str, ...] = ()
+    staging: str = ""
+
+    @property
+    def devices(self) -> bool:
+        """Whether the volumes are devices, on this host or on the network, not files."""
+        return self.staging in ("rename", "mark")
 
 
-_FILES = Capabilities(create=True, clone=True, grow=True, delete=True, formats=tuple(FORMATS))
-_OF_TYPE = {"directory": _FILES, "dir": _FILES, "fs": _FILES, "netfs": _FILES}
+_FILES = Capabilities(create=True, clone=True, linked=True, grow=True, delete=True, formats=tuple(FORMATS), staging="file")
+_LUNS = Capabilities(clone=True, formats=("raw",), staging="mark")
+_OF_TYPE = {
+    "directory": _FILES,
+    "dir": _FILES,
+    "fs": _FILES,
+    "netfs": _FILES,
+    "logical": Capabilities(create=True, clone=True, grow=True, delete=True, formats=("raw",), staging="rename"),
+    "disk": Capabilities(create=True, clone=True, delete=True, formats=("raw",), staging="mark"),
+    "iscsi": _LUNS,
+    "scsi": _LUNS,
+}
 
 #: types of libvirt's pools whose volumes are files
-FILE_POOLS = tuple(pool_type for pool_type in _OF_TYPE if pool_type != "directory")
+FILE_POOLS = tuple(name for name, able in _OF_TYPE.items() if able.staging == "file" and name != "directory")
+#: types of libvirt's pools in which volumes are cloned
+CLONE_POOLS = tuple(name for name, able in _OF_TYPE.items() if able.clone and name != "directory")
 
 
 def of(pool_type: str) -> Capabilities:

@@ -13,6 +13,7 @@ import typing as t
 
 from .._deadline import Deadline
 from .._errors import CloneError, from_os_error
+from .._transfer import locks
 
 
 class DirectoryPool:
@@ -63,6 +64,10 @@ class DirectoryPool:
 
     def path_of(self, name: str) -> str:
         return os.path.join(self.path, name)
+
+    def lock_key(self, name: str) -> str:
+        """Of the lock that a run holds while it makes or changes a volume."""
+        return locks.key(os.fstat(self.fd), name)
 
     def lstat(self, name: str) -> t.Optional[os.stat_result]:
         """What has that name in the pool, a symbolic link itself; None for nothing."""

@@ -21,7 +21,7 @@ from .. import _xml
 from .._deadline import Deadline
 from .._errors import CloneError
 from . import capabilities, definition
-from .capabilities import FILE_POOLS
+from .capabilities import CLONE_POOLS, FILE_POOLS
 from .definition import Definition
 from .directory import DirectoryPool
 
@@ -86,7 +86,7 @@ class Connection:
     def pool(self, name: str) -> LibvirtPool:
         """The pool of that name.
 
-        :raises CloneError: ``NO_STORAGE_POOL`` for none, ``NO_SUPPORT`` for one that does not keep files
+        :raises CloneError: ``NO_STORAGE_POOL`` for none, ``NO_SUPPORT`` for one of a type in which nothing can be cloned
         """
         pool = self.find(name)
         if pool is None:
@@ -94,7 +94,7 @@ class Connection:
         if not capabilities.of(pool.type).clone:
             raise CloneError(
                 "NO_SUPPORT",
-                f"pool {name!r} is of type {pool.type}; volumes are cloned in pools of the types {', '.join(FILE_POOLS)}",
+                f"pool {name!r} is of type {pool.type}; volumes are cloned in pools of the types {', '.join(CLONE_POOLS)}",
             )
         return pool
 
@@ -109,7 +109,7 @@ class Connection:
                 if exc.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
                     raise
                 return None
-        return LibvirtPool(name, described.target_path or "", described.type, pool, self)
+        return _class_of(described.type)(name, described.target_path or "", described.type, pool, self)
 
     def names(self) -> t.List[str]:
         """Of all pools, in order."""
@@ -420,3 +420,10 @@ def _error(exc: t.Any, doing: str) -> CloneError:
         known = "STORAGE_VOL_EXIST" if taken else "OPERATION_DENIED" if denied else "NO_SPACE" if space else "IO_ERROR"
     # What a child process of libvirt's printed is several lines.
     return CloneError(known, f"{doing} failed: {' '.join(text.split())}")
+
+
+def _class_of(pool_type: str) -> t.Type[LibvirtPool]:
+    # These are libvirt's pools too.
+    from .devices import CLASSES  # pylint: disable=import-outside-toplevel
+
+    return CLASSES.get(pool_type, LibvirtPool)

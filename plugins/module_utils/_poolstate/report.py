@@ -118,6 +118,7 @@ def _entry(
 ) -> Entry:
     capacity, allocation, available = sizes
     able = asdict(capabilities.of(pool_type or ""))
+    del able["staging"]
     return {
         "name": name,
         "uuid": uuid,

@@ -16,6 +16,7 @@ from ansible_collections.virtforge.libvirt.plugins.module_utils._images.qemu_img
 QCOW2, RAW, TARGET = Layer(5, "qcow2"), Layer(6, "raw"), Layer(9, "vmdk")
 # Nothing that its header may say by then is followed.
 ALONE = 'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/proc/self/fd/5"}, "backing": null}'
+PLAIN = 'json:{"driver": "raw", "file": {"driver": "file", "filename": "/proc/self/fd/6"}}'
 
 
 @pytest.mark.parametrize(
@@ -61,8 +62,8 @@ ALONE = 'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/proc/
         (qemu_img.check(QCOW2), f"check -q {ALONE}"),
         (qemu_img.check(Layer(6, "vdi")), "check -q -f vdi /proc/self/fd/6"),
         (qemu_img.info(QCOW2), "info -U --output=json -f qcow2 /proc/self/fd/5"),
-        (qemu_img.compare([QCOW2], [RAW]), f"compare -q -U -F raw {ALONE} /proc/self/fd/6"),
-        (qemu_img.compare([RAW], [QCOW2]), f"compare -q -U -f raw /proc/self/fd/6 {ALONE}"),
+        (qemu_img.compare([QCOW2], [RAW]), f"compare -q -U {ALONE} {PLAIN}"),
+        (qemu_img.compare([RAW], [QCOW2]), f"compare -q -U {PLAIN} {ALONE}"),
         (
             qemu_img.measure([QCOW2], "raw", []),
             f"measure --output=json -O raw {ALONE}",

@@ -1,0 +1,69 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What every way to make a volume needs: the source held and checked, the target left alone by others."""
+
+from __future__ import annotations
+
+import typing as t
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from .._errors import CloneError
+from .._images import probe
+from .._images.qemu_img import Layer
+from .planner import Create
+
+if t.TYPE_CHECKING:  # pragma: no cover
+    from .facts import Scene
+
+
+@dataclass
+class Transfer:
+    """How the data got there: ``reflink``, ``copy``, ``convert``, ``link`` or ``libvirt``, and why nothing better served."""
+
+    name: str
+    fallback_reason: t.Optional[str] = None
+
+
+def held(scene: Scene) -> t.List[t.Tuple[int, str, t.Tuple[int, ...]]]:
+    """The layers of the source that this host can hold still, for :class:`guards.Hold`."""
+    return [(image.fd, image.what, image.version) for image in scene.layers if image.network is None]
+
+
+@contextmanager
+def source_checked(scene: Scene) -> t.Iterator[t.Callable[[], None]]:
+    """``qemu-img check`` of the source, beside the work. What it gives waits for it; of a work that fails it is the reason.
+
+    :raises CloneError: ``CORRUPT_IMAGE``
+    """
+    with ThreadPoolExecutor(1) as worker:
+        verdict = worker.submit(scene.source_corrupt)
+
+        def expect_sound() -> None:
+            corrupt = verdict.result()
+            if corrupt:
+                raise CloneError("CORRUPT_IMAGE", corrupt)
+
+        try:
+            yield expect_sound
+        except (CloneError, OSError):
+            expect_sound()
+            raise
+
+
+def source_layers(scene: Scene, step: Create) -> t.List[Layer]:
+    """The source as far as it is cloned: only raw ones are shrunk, and only where nothing but zeros is cut off."""
+    layers = [image.layer for image in scene.layers]
+    if step.capacity < scene.layers[0].image.capacity:
+        layers = [replace(layers[0], size=probe.round_capacity(step.format, step.capacity))]
+    return layers
+
+
+def refuse_in_use(scene: Scene, name: str, doing: str) -> None:
+    """For the last moment: somebody may have begun to use the target while the new one was made."""
+    why = scene.target_in_use(name)
+    if why:
+        raise CloneError("IN_USE", f"{doing}: {why}")

@@ -1,0 +1,138 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Logical volumes: no name until they are whole, no old data, no space lost by a killed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from harness import MIB, clone, make_raw, refused, result_of, run, same_content, settle, start, virsh, wait_until
+
+SIZE = 512 * MIB
+
+
+def volumes():
+    """Size in bytes and origin of each, by name."""
+    out = run("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", "lv_name,lv_size,origin,segtype", "vgclone")
+    return {row["lv_name"]: row for row in json.loads(out)["report"][0]["lv"]}
+
+
+@pytest.fixture(scope="module")
+def group(libvirtd, scratch):
+    """A pool of logical volumes on a disk that held something before."""
+    image = scratch / "group.img"
+    with open(image, "wb") as file:
+        for _piece in range(SIZE // MIB):
+            file.write(b"old data" * (MIB // 8))
+    device = run("losetup", "-f", "--show", image).strip()
+    with open(device, "r+b") as file:
+        file.write(bytes(MIB))
+    run("vgcreate", "-q", "vgclone", device)
+    virsh("pool-define-as", "vgclone", "logical", "--source-name", "vgclone", "--target", "/dev/vgclone")
+    virsh("pool-start", "vgclone")
+    yield "vgclone"
+    virsh("pool-destroy", "vgclone")
+    virsh("pool-undefine", "vgclone")
+    run("vgremove", "-f", "-q", "vgclone")
+    run("losetup", "-d", device)
+
+
+@pytest.fixture
+def lvm(group):
+    yield group
+    for name in volumes():
+        run("lvremove", "-f", "-q", f"vgclone/{name}")
+    virsh("pool-refresh", group)
+
+
+def reads_zero(name, begin):
+    with open(f"/dev/vgclone/{name}", "rb") as file:
+        file.seek(begin)
+        return not any(file.read())
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_logical_volume_shows_nothing_of_what_was_there(lvm, request, image_format):
+    source = request.getfixturevalue(image_format)
+    # Asked for is not a whole number of extents, of 4 MiB.
+    result = settle(pool=lvm, name="web", source_path=source, capacity="98MiB")
+    assert result["actions"] == ["created"]
+    volume = result["volume"]
+    assert (volume["type"], volume["capacity"], volume["path"]) == ("block", 100 * MIB, "/dev/vgclone/web")
+    assert same_content(source, image_format, "/dev/vgclone/web", "raw")
+    assert reads_zero("web", 64 * MIB)
+    assert list(volumes()) == ["web"]
+    assert "web" in virsh("vol-list", lvm)
+
+
+def test_a_logical_volume_is_grown_and_what_is_added_reads_zero(lvm, raw):
+    clone(pool=lvm, name="web", source_path=raw)
+    result = settle(pool=lvm, name="web", source_path=raw, capacity="96MiB")
+    assert result["actions"] == ["grown"]
+    assert same_content(raw, "raw", "/dev/vgclone/web", "raw") and reads_zero("web", 64 * MIB)
+    assert "72" in refused("DIFFERS", pool=lvm, name="web", source_path=raw, capacity="72MiB")
+
+
+def test_a_run_killed_while_it_grows_is_made_up_for(lvm, raw):
+    clone(pool=lvm, name="web", source_path=raw)
+    # As it is left behind between lvextend and the zeros.
+    run("lvchange", "-q", "--addtag", f"virtforge_zero_from_{64 * MIB}", "vgclone/web")
+    run("lvextend", "-q", "-L", "96M", "vgclone/web")
+    assert not reads_zero("web", 64 * MIB)
+    result = settle(pool=lvm, name="web", source_path=raw, capacity="96MiB")
+    assert result["actions"] == ["grown"]
+    assert reads_zero("web", 64 * MIB)
+
+
+def test_a_logical_volume_that_differs_is_replaced_by_another(lvm, raw, pool):
+    clone(pool=lvm, name="web", source_path=raw)
+    other = make_raw(pool / "other.raw", 32 * MIB, [(7, 2)])
+    params = {"pool": lvm, "name": "web", "source_path": other, "compare": "content", "capacity": "32MiB"}
+    assert "its capacity is" in refused("DIFFERS", **params)
+    assert settle(**params, force=True)["actions"] == ["replaced"]
+    assert same_content(other, "raw", "/dev/vgclone/web", "raw")
+    assert list(volumes()) == ["web"]
+    with open("/dev/vgclone/web", "rb"):
+        params["capacity"] = "16MiB"
+        params["source_path"] = make_raw(pool / "third.raw", 16 * MIB, [(1, 2)])
+        assert f"(pid {os.getpid()})" in refused("IN_USE", **params, force=True)
+
+
+def test_logical_volumes_are_sources_and_many_at_once(lvm, raw, pool):
+    clone(pool=lvm, name="base", source_path=raw)
+    result = settle(pool=lvm, source="base", volumes=[{"name": "web1"}, {"name": "web2", "capacity": "72MiB"}])
+    assert [volume["actions"] for volume in result["volumes"]] == [["created"]] * 2
+    assert same_content(raw, "raw", "/dev/vgclone/web2", "raw")
+    settle(pool=pool, source_pool=lvm, source="web1", name="back.qcow2", format="qcow2")
+    assert same_content(raw, "raw", pool / "back.qcow2", "qcow2")
+
+
+def test_a_killed_run_leaves_no_volume_and_takes_no_space(lvm, pool):
+    source = make_raw(pool / "base.raw", 96 * MIB, [(0, 96)])
+    params = {"pool": lvm, "name": "web", "source_path": source}
+    process = start({**params, "bwlimit": "10MiB"})
+    wait_until(lambda: any(name.startswith(".virtforge-") for name in volumes()), 60)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "web" not in volumes()
+    assert settle(**params)["actions"] == ["created"]
+    assert list(volumes()) == ["web"]
+    assert same_content(source, "raw", "/dev/vgclone/web", "raw")
+
+
+def test_a_group_that_is_full(lvm, raw):
+    assert "free in pool" in refused("NO_SPACE", pool=lvm, name="web", source_path=raw, capacity="1GiB")
+
+
+def test_two_runs_for_one_logical_volume(lvm, qcow2):
+    results = [
+        result_of(process) for process in [start({"pool": lvm, "name": "web", "source_path": qcow2}) for _run in range(2)]
+    ]
+    assert sorted(result.get("actions", result.get("msg")) for result in results) == [[], ["created"]]
