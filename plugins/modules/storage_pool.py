@@ -255,15 +255,38 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     **_argspec.URI,
     "name": {"type": "str"},
     "pool": {"type": "str"},
-    "type": {"type": "str", "choices": ["dir", "fs", "netfs"]},
+    "type": {
+        "type": "str",
+        "choices": [
+            *("dir", "fs", "netfs", "logical", "disk", "rbd", "iscsi", "iscsi-direct"),
+            *("scsi", "mpath", "gluster", "zfs", "vstorage"),
+        ],
+    },
     "target_path": {"type": "path", "aliases": ["path"]},
     "pool_source": {
         "type": "dict",
         "options": {
-            "hosts": {"type": "list", "elements": "dict", "options": {"name": {"type": "str", "required": True}}},
+            "hosts": {
+                "type": "list",
+                "elements": "dict",
+                "options": {"name": {"type": "str", "required": True}, "port": {"type": "int"}},
+            },
+            "name": {"type": "str"},
             "dir": {"type": "str"},
             "devices": {"type": "list", "elements": "path"},
             "format": {"type": "str"},
+            "initiator": {"type": "str"},
+            "adapter": {"type": "str"},
+            "auth": {
+                "type": "dict",
+                "options": {
+                    "type": {"type": "str", "choices": ["ceph", "chap"]},
+                    "username": {"type": "str"},
+                    "secret_uuid": {"type": "str"},
+                    "secret_usage": {"type": "str"},
+                    "password": {"type": "str", "no_log": True},
+                },
+            },
         },
     },
     "xml": {"type": "str"},

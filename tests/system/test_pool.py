@@ -663,10 +663,10 @@ def test_what_libvirt_would_drop_is_refused(libvirtd, place, exists):
     path = str(place / "images")
     if exists:
         settle(["created", "defined", "started"], xml=DIR.format(path, ""))
-    document = DIR.format(path, "").replace("<target>", "<source><initiator><iqn name='x'/></initiator></source><target>")
+    document = DIR.format(path, "").replace("<target>", "<source><adapter type='fc_host' wwnn='1'/></source><target>")
     result = module({"xml": document}, module=POOL)
     assert result["failed"] and result["error_code"] == "XML_ERROR", result
-    assert "source/initiator/iqn" in result["msg"] and ("old definition is back" in result["msg"]) == exists
+    assert "source/adapter" in result["msg"] and ("old definition is back" in result["msg"]) == exists
     assert (names(), os.listdir(place)) == ((["images"], ["images"]) if exists else ([], []))
 
 
@@ -767,7 +767,7 @@ def bad(place):
         ("XML_ERROR", ["source/frmat"], {"xml": "<pool type='dir'><name>p</name><source><frmat/></source></pool>"}),
         ("XML_ERROR", ["name"], {"xml": "<pool type='dir'><name>p</name><name>q</name></pool>"}),
         ("XML_ERROR", ["DOCTYPE"], {"xml": "<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><pool type='dir'/>"}),
-        ("NO_SUPPORT", ["type", "iscsi"], {"xml": "<pool type='iscsi'><name>p</name></pool>"}),
+        ("NO_SUPPORT", ["type", "sheepdog"], {"xml": "<pool type='sheepdog'><name>p</name></pool>"}),
         # connections
         ("NO_SUPPORT", ["uri", "qemu+ssh://other/system"], {"name": "p", "uri": "qemu+ssh://other/system"}),
         ("INVALID_ARG", ["uri", "nonsense"], {"name": "p", "uri": "nonsense"}),

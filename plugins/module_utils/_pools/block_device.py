@@ -22,25 +22,30 @@ _PIECE = 1 << 20
 _WHOLE = 1 << 30
 _PLACES = 256
 _ATTEMPTS, _PAUSE = 10, 0.2
-# libblkid's name of a file system, where libvirt has another.
-_NAMES = {"hfsplus": "hfs+"}
+# libblkid's name of a file system or a partition table, where libvirt has another.
+_NAMES = {"hfsplus": "hfs+", "sgi": "dvh"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """``format`` of a file system that is alone on the device; ``holds`` and ``claimed`` in words, empty for nothing."""
+    """``format`` of what is alone on the device: a file system, a partition table, or lvm2 with its volume ``group``.
+
+    ``holds`` and ``claimed`` in words, empty for nothing.
+    """
 
     format: str = ""
+    group: str = ""
     holds: str = ""
     claimed: str = ""
 
 
-def examine(path: str, wanted: str) -> Found:
+def examine(path: str, builds: str, wanted: str) -> Found:
     """What the device holds.
 
     It counts as empty when libblkid finds no signature, no partition table among them, and there are only zeros wherever it is
     read: libblkid does not know everything.
 
+    :param builds: what shall be made on it: a file system, a partition table, a volume group
     :param wanted: the format that it shall get
     :raises CloneError: ``INVALID_ARG`` for what is no block device, ``MISSING_DEPENDENCY`` where nobody could format it
     """
@@ -59,8 +64,9 @@ def examine(path: str, wanted: str) -> Found:
         user = _user(fd)
     finally:
         os.close(fd)
-    if _process.find(f"mkfs.{wanted}") is None:
-        raise CloneError("MISSING_DEPENDENCY", f"pool_source.format: {wanted!r} needs mkfs.{wanted} on the managed host")
+    needed = {"file system": f"mkfs.{wanted}", "partition table": "parted", "volume group": "vgcreate"}[builds]
+    if _process.find(needed) is None:
+        raise CloneError("MISSING_DEPENDENCY", f"pool_source.format: {wanted!r} needs {needed} on the managed host")
     return Found(claimed=f"is open by {user}" if user else _claimed(path))
 
 
@@ -74,15 +80,37 @@ def _signatures(fd: int, path: str) -> Found:
     if status == 8:
         return Found(holds="several signatures of file systems or partition tables")
     if status == 0 and values.get("PTTYPE"):
-        return Found(holds=f"a partition table ({values['PTTYPE']})")
+        name = _NAMES.get(values["PTTYPE"], values["PTTYPE"])
+        return Found(format=name, holds=f"a partition table ({name})")
     if status == 0 and values.get("USAGE") == "filesystem":
         name = _NAMES.get(values.get("TYPE", ""), values.get("TYPE", ""))
         return Found(format=name, holds=f"a file system ({name})")
+    if status == 0 and values.get("TYPE") == "LVM2_member":
+        group = volume_group(path)
+        return Found(format="lvm2", group=group, holds="a physical volume (LVM2_member)" + (f" of {group!r}" if group else ""))
     if status == 0:
         return Found(holds=f"a signature ({values.get('TYPE', 'unknown')})")
     if status != 2:
         raise CloneError("IO_ERROR", f"blkid failed on the device {path!r}: {' '.join(err.split())[:200] or status}")
     return Found()
+
+
+def volume_group(path: str) -> str:
+    """That of a physical volume, empty for none."""
+    return _lvm("pvs", "-o", "vg_name", path)
+
+
+def is_volume_group(name: str) -> bool:
+    return _lvm("vgs", "-o", "vg_name", name) != ""
+
+
+def _lvm(command: str, *arguments: str) -> str:
+    """What LVM says of one thing; empty where there is no such thing, or no LVM. Read-only, it takes no lock either."""
+    program = _process.find(command)
+    if program is None:
+        return ""
+    status, out, _err = _process.run([program, "--readonly", "--noheadings", *arguments], [])
+    return out.strip() if status == 0 else ""
 
 
 def _zeros(fd: int, path: str) -> bool:

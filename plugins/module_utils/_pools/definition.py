@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import typing as t
 import uuid as uuids
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from .. import _xml
 from .._errors import CloneError
@@ -27,48 +27,127 @@ _NAMESPACES = {
 # libvirt prints them, and takes no notice of them in a definition; the permissions count where a directory is made.
 _OUTPUT_ONLY = ("capacity", "allocation", "available", "target/permissions", "target/timestamps")
 # What parameters exist for, read one by one.
-_OWN_FIELDS = ("name", "uuid", "source/name", "source/host", "source/dir", "source/format", "target/path")
+_OWN_FIELDS = (
+    *("name", "uuid", "source/name", "source/host", "source/dir", "source/format", "target/path"),
+    *("source/initiator/iqn", "source/auth", "source/auth/secret"),
+)
 # All else that libvirt reads. It drops an element that it does not know without a word, so that it would differ each time.
 _KNOWN = (
     *("features/cow", "refresh/volume", "fs:mount_opts/fs:option", "rbd:config_opts/rbd:option"),
     *("source/device", "source/device/freeExtent", "source/protocol", "source/vendor", "source/product"),
-    *("source/initiator/iqn", "source/auth", "source/auth/secret"),
     *("source/adapter", "source/adapter/parentaddr", "source/adapter/parentaddr/address"),
 )
 
 
 @dataclass(frozen=True)
 class PoolType:
-    """What a definition of a type states. ``needs`` are keys of ``pool_source``; it has no others, but ``format``."""
+    """What a definition of a type states: ``needs`` and ``may`` are keys of ``pool_source``; it has no others, but ``format``."""
 
     needs: t.Tuple[str, ...] = ()
+    may: t.Tuple[str, ...] = ()
+    #: those of them that can have several entries
+    several: t.Tuple[str, ...] = ()
     #: values of ``pool_source.format``; the first is libvirt's default
     formats: t.Tuple[str, ...] = ()
+    #: where libvirt takes ``pool_source.name`` from the pool's name
+    named: bool = False
+    #: the pool's path: "needed", "none", what libvirt makes of the source's name, or what it is where nobody states one
+    path: str = "needed"
+    #: whether the path is a directory of the pool's own, to be made and owned
+    directory: bool = False
     #: whether starting the pool mounts something at its target path
     mounts: bool = False
-    #: whether there is something that ``build`` could format
-    builds: bool = False
+    #: whether stopping the pool takes its volumes from those who use them
+    takes_away: bool = False
+    #: what ``build`` makes, in words; empty where there is nothing to make
+    builds: str = ""
+    #: whether ``devices`` are devices of this host
+    local: bool = False
+    #: the type of ``pool_source.auth``
+    auth: str = ""
+    #: the port of a host that states none; 0 where that means more than one
+    port: int = 0
+    #: whether there is no such pool without a size, so that one of size 0 has nothing behind it
+    sized: bool = False
 
 
-#: The types that a task can define. Their formats are libvirt's, virStoragePoolFormatFileSystem and …FileSystemNet.
+#: The types that a task can define, as libvirt has them (poolTypeInfo in storage_conf.c).
 TYPES = {
-    "dir": PoolType(),
+    "dir": PoolType(directory=True),
     "fs": PoolType(
         needs=("devices",),
         formats=(
             *("auto", "ext2", "ext3", "ext4", "ufs", "iso9660", "udf", "gfs", "gfs2", "vfat", "hfs+", "xfs", "ocfs2", "vmfs"),
         ),
+        directory=True,
         mounts=True,
-        builds=True,
+        takes_away=True,
+        builds="file system",
+        local=True,
     ),
-    "netfs": PoolType(needs=("hosts", "dir"), formats=("auto", "nfs", "glusterfs", "cifs"), mounts=True),
+    "netfs": PoolType(
+        needs=("hosts", "dir"), formats=("auto", "nfs", "glusterfs", "cifs"), directory=True, mounts=True, takes_away=True
+    ),
+    "logical": PoolType(
+        may=("name", "devices"),
+        several=("devices",),
+        # virStoragePoolFormatLogical
+        formats=("lvm2", "unknown"),
+        named=True,
+        path="/dev/{name}",
+        takes_away=True,
+        builds="volume group",
+        local=True,
+        sized=True,
+    ),
+    "disk": PoolType(
+        needs=("devices",),
+        # virStoragePoolFormatDisk
+        formats=("unknown", "dos", "dvh", "gpt", "mac", "bsd", "pc98", "sun", "lvm2"),
+        path="/dev",
+        builds="partition table",
+        local=True,
+        sized=True,
+    ),
+    # Without a port librados tries two, 3300 and 6789.
+    "rbd": PoolType(needs=("hosts", "name"), may=("auth",), several=("hosts",), path="none", auth="ceph"),
+    "iscsi": PoolType(
+        needs=("hosts", "devices"),
+        may=("initiator", "auth"),
+        path="/dev/disk/by-path",
+        takes_away=True,
+        auth="chap",
+        port=3260,
+    ),
+    "iscsi-direct": PoolType(needs=("hosts", "devices", "initiator"), may=("auth",), path="none", auth="chap", port=3260),
+    "scsi": PoolType(needs=("adapter",), path="/dev/disk/by-path"),
+    "mpath": PoolType(path="/dev/mapper"),
+    "gluster": PoolType(needs=("hosts", "name"), may=("dir",), path="none", port=24007),
+    "zfs": PoolType(may=("name", "devices"), several=("devices",), named=True, path="/dev/zvol/{name}", local=True, sized=True),
+    "vstorage": PoolType(needs=("name",)),
 }
+#: types that libvirt makes a directory of, or mounts on one
+DIRECTORIES = tuple(name for name, known in TYPES.items() if known.directory)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Host:
     name: str
     port: t.Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Auth:
+    """Who the pool is to its server, and the secret of libvirt's that has the password, by one of its two names."""
+
+    type: t.Optional[str] = None
+    username: t.Optional[str] = None
+    secret_uuid: t.Optional[str] = None
+    secret_usage: t.Optional[str] = None
+
+    @property
+    def stated(self) -> t.Dict[str, str]:
+        return {key: value for key, value in asdict(self).items() if value}
 
 
 @dataclass(frozen=True)
@@ -80,6 +159,9 @@ class Source:
     dir: t.Optional[str] = None
     devices: t.Tuple[str, ...] = ()
     format: t.Optional[str] = None
+    initiator: t.Optional[str] = None
+    adapter: t.Optional[str] = None
+    auth: t.Optional[Auth] = None
 
     @property
     def stated(self) -> t.Dict[str, t.Any]:
@@ -90,6 +172,9 @@ class Source:
             "dir": self.dir,
             "devices": list(self.devices),
             "format": self.format,
+            "initiator": self.initiator,
+            "adapter": self.adapter,
+            "auth": self.auth.stated if self.auth else None,
         }
         return {key: value for key, value in written.items() if value}
 
@@ -109,13 +194,18 @@ class Definition:
     others: t.Mapping[str, t.Tuple[str, ...]] = field(default_factory=dict)
 
     def means_the_same(self, other: Definition) -> bool:
-        return self._meaning() == other._meaning()
+        return self.meaning() == other.meaning()
 
-    def _meaning(self) -> Definition:
-        source = self.source
-        if source.format == "glusterfs" and source.dir:
-            # A volume's name, which mount(8) takes with and without the slash.
-            source = replace(source, dir=source.dir.lstrip("/"))
+    def meaning(self) -> Definition:
+        """With what makes no difference left out: two that mean the same are equal."""
+        source, known = self.source, TYPES.get(self.type, PoolType())
+        if self.type == "gluster" or source.format == "glusterfs":
+            # A volume's name, which mount(8) takes with and without the slash; libgfapi starts at the root by default.
+            source = replace(source, dir=(source.dir or "").lstrip("/"))
+        # The order of monitors, or of the devices of a volume group, is none; nor is what an adapter is called.
+        hosts = sorted(Host(host.name, host.port or known.port or None) for host in source.hosts)
+        adapter = re.sub("^scsi_host", "host", source.adapter) if source.adapter else None
+        source = replace(source, hosts=tuple(hosts), devices=tuple(sorted(source.devices)), adapter=adapter)
         return replace(self, source=source)
 
 
@@ -125,10 +215,20 @@ class Stated:
 
     type: t.Optional[str] = None
     target_path: t.Optional[str] = None
-    hosts: t.Optional[t.Tuple[str, ...]] = None
+    hosts: t.Optional[t.Tuple[Host, ...]] = None
     dir: t.Optional[str] = None
     devices: t.Optional[t.Tuple[str, ...]] = None
     format: t.Optional[str] = None
+    name: t.Optional[str] = None
+    initiator: t.Optional[str] = None
+    adapter: t.Optional[str] = None
+    auth: t.Optional[Auth] = None
+
+    @property
+    def source(self) -> Source:
+        auth = self.auth if self.auth != Auth() else None
+        devices = self.devices or ()
+        return Source(self.hosts or (), self.name, self.dir, devices, self.format, self.initiator, self.adapter, auth)
 
 
 def parse(document: str, strict: bool = False) -> Definition:
@@ -149,46 +249,82 @@ def parse(document: str, strict: bool = False) -> Definition:
     if strict and unknown:
         raise CloneError("XML_ERROR", f"xml: libvirt knows no element <{quoted(unknown[0])[1:-1]}> in a pool")
     target = _xml.child(root, "target")
+    name = _xml.text_of(root, "name") or ""
+    source = _source(_xml.child(root, "source"), pool_type, name)
     return Definition(
         type=pool_type,
-        name=_xml.text_of(root, "name") or "",
+        name=name,
         uuid=_uuid(_xml.text_of(root, "uuid")),
-        target_path=_path(_xml.text_of(target, "path")),
-        source=_source(_xml.child(root, "source"), pool_type),
+        target_path=_target_path(pool_type, source.name, _xml.text_of(target, "path")),
+        source=source,
         permissions=_xml.permissions(target),
         others={path: tuple(sorted(values)) for path, values in others.items()},
     )
 
 
-def _source(element: t.Any, pool_type: str) -> Source:
+def _target_path(pool_type: str, name: t.Optional[str], stated: t.Optional[str]) -> t.Optional[str]:
+    """libvirt takes no notice of one that follows from the name, and drops one that a type has no use for."""
     known = TYPES.get(pool_type, PoolType())
+    if "{name}" in known.path:
+        return plain_path(known.path.format(name=name)) if name else None
+    return None if known.path == "none" else plain_path(stated)
+
+
+def _source(element: t.Any, pool_type: str, pool_name: str) -> Source:
+    known = TYPES.get(pool_type, PoolType())
+    named = pool_name or None if known.named else None
+    first = (known.formats or (None,))[0]
     if element is None:
-        return Source(format=known.formats[0] if known.formats else None)
+        return Source(name=named, format=first)
     image_format = _xml.child(element, "format")
     directory = _xml.child(element, "dir")
+    iqn = _xml.child(_xml.child(element, "initiator"), "iqn")
+    adapter = _xml.child(element, "adapter")
     return Source(
         hosts=tuple(Host(host.get("name") or "", _port(host.get("port"))) for host in element.findall("host")),
-        name=_xml.text_of(element, "name") or None,
-        dir=_path(None if directory is None else directory.get("path")),
-        devices=tuple(_path(device.get("path")) or "" for device in element.findall("device")),
-        format=(image_format.get("type") if image_format is not None else None) or (known.formats or (None,))[0],
+        name=_xml.text_of(element, "name") or named,
+        dir=plain_path(None if directory is None else directory.get("path")),
+        devices=tuple(plain_path(device.get("path")) or "" for device in element.findall("device")),
+        format=(image_format.get("type") if image_format is not None else None) or first,
+        initiator=None if iqn is None else iqn.get("name"),
+        adapter=adapter.get("name") if _is_named(adapter) else None,
+        auth=_auth(_xml.child(element, "auth")),
     )
+
+
+def _auth(element: t.Any) -> t.Optional[Auth]:
+    if element is None:
+        return None
+    secret = _xml.child(element, "secret")
+    uuid, usage = (None, None) if secret is None else (secret.get("uuid"), secret.get("usage"))
+    return Auth(element.get("type"), element.get("username"), _uuid(uuid), usage)
+
+
+def _is_named(adapter: t.Any) -> bool:
+    """Whether an adapter is stated by its name; others are by what only XML can say."""
+    return adapter is not None and adapter.get("type", "scsi_host") == "scsi_host" and adapter.get("name") is not None
 
 
 def _collect(element: t.Any, above: str, found: t.Dict[str, t.List[str]]) -> None:
     path = above + _short(element.tag)
-    if path in _OUTPUT_ONLY or path in _OWN_FIELDS:
+    if path in _OUTPUT_ONLY:
         return
     attributes = [f"{_short(name)}={value}" for name, value in sorted(element.items())]
     if path == "source/device":
         attributes = attributes if len(attributes) > 1 else []
-    value = " ".join([*attributes, *(element.text or "").split()])
+    elif path in _OWN_FIELDS or (path == "source/adapter" and _is_named(element)):
+        attributes = []
+    value = " ".join(attributes if path in _OWN_FIELDS else [*attributes, *(element.text or "").split()])
     children = list(element.iterchildren("*"))
     # An element for others, such as <features>, means nothing when it is empty.
-    if value or not (children or any(known.startswith(f"{path}/") for known in _KNOWN + _OWN_FIELDS)):
+    if value or not (children or path in _OWN_FIELDS or path == "source/adapter" or _holds_others(path)):
         found.setdefault(path, []).append(value)
     for below in children:
         _collect(below, f"{path}/", found)
+
+
+def _holds_others(path: str) -> bool:
+    return any(known.startswith(f"{path}/") for known in _KNOWN + _OWN_FIELDS)
 
 
 def _short(tag: str) -> str:
@@ -196,7 +332,7 @@ def _short(tag: str) -> str:
     return _NAMESPACES.get(namespace, f"{{{namespace}}}") + name if brace else name
 
 
-def _path(text: t.Optional[str]) -> t.Optional[str]:
+def plain_path(text: t.Optional[str]) -> t.Optional[str]:
     """Less what means nothing in a path, as virFileSanitizePath has it, which keeps two slashes at the start."""
     return (re.sub("/+", "/", text).rstrip("/") or "/") if text else None
 
@@ -225,24 +361,36 @@ def refuse_useless(pool_type: str, source: Source) -> None:
     """
     known = TYPES[pool_type]
     for key, value in source.stated.items():
-        if key not in known.needs and not (key == "format" and known.formats):
+        if key not in (*known.needs, *known.may) and not (key == "format" and known.formats):
             raise CloneError("INVALID_ARG", f"pool_source.{key}: {value!r} has no use in a pool of the type {pool_type}")
     if source.format is not None and source.format not in known.formats:
+        auto = ", of which auto takes any file system that the host can mount" if "auto" in known.formats else ""
         raise CloneError(
             "CONFIG_UNSUPPORTED",
             f"pool_source.format: {source.format!r} is no format of libvirt's for the type {pool_type}; those are"
-            f" {', '.join(known.formats)}, of which auto takes any file system that the host can mount",
+            f" {', '.join(known.formats)}{auto}",
+        )
+    if source.auth and source.auth.type not in (None, known.auth):
+        raise CloneError(
+            "INVALID_ARG", f"pool_source.auth.type: a pool of the type {pool_type} has {known.auth}, not {source.auth.type}"
         )
 
 
 # --- a new document -----------------------------------------------------------------------------------------------------
 
 
-def merge(base: t.Optional[str], name: str, uuid: t.Optional[str], stated: Stated) -> str:
+def merge(
+    base: t.Optional[str],
+    name: str,
+    uuid: t.Optional[str],
+    stated: Stated,
+    spelled: t.Callable[[str], str] = lambda device: device,
+) -> str:
     """The document ``base``, or an empty one, with what a task states in place of what it says about that.
 
     All else stays: the uuid, mount options, elements that libvirt may come to know.
 
+    :param spelled: gives a device the name that the pool has for it, where that is another of its names
     :param uuid: of the pool that exists, for a document without one: libvirt takes a pool of another uuid for another pool
     :raises CloneError: ``XML_ERROR`` for a malformed base
     """
@@ -250,23 +398,35 @@ def merge(base: t.Optional[str], name: str, uuid: t.Optional[str], stated: State
     root = _xml.parse(base, "pool") if base is not None else etree.Element("pool")
     if stated.type is not None:
         root.set("type", stated.type)
+    known = TYPES.get(root.get("type") or "", PoolType())
     _set_text(root, "name", name)
     if uuid is not None and not (_xml.text_of(root, "uuid") or "").strip():
         _set_text(root, "uuid", uuid)
     source = _made(root, "source")
     if stated.hosts is not None:
         ports = {host.get("name"): host.get("port") for host in source.findall("host")}
-        _set_all(
-            source, "host", [{"name": host, **({"port": ports[host]} if ports.get(host) else {})} for host in stated.hosts]
-        )
+        _set_all(source, "host", [_host(host, ports.get(host.name)) for host in stated.hosts])
+    if stated.name is not None:
+        _set_text(source, "name", stated.name)
     if stated.dir is not None:
         _set_all(source, "dir", [{"path": stated.dir}])
     if stated.devices is not None and stated.devices != tuple(device.get("path") for device in source.findall("device")):
         _set_all(source, "device", [{"path": device} for device in stated.devices])
+    for device in source.findall("device"):
+        device.set("path", spelled(device.get("path") or ""))
     if stated.format is not None:
         _set_all(source, "format", [{"type": stated.format}])
-    if stated.target_path is not None:
-        _set_text(_made(root, "target"), "path", stated.target_path)
+    if stated.initiator is not None:
+        _set_all(_made(source, "initiator"), "iqn", [{"name": stated.initiator}])
+    if stated.adapter is not None:
+        _set_all(source, "adapter", [{"type": "scsi_host", "name": stated.adapter}])
+    if stated.auth is not None:
+        _set_auth(_made(source, "auth"), stated.auth, known)
+    path = stated.target_path
+    if path is None and known.path.startswith("/") and "{" not in known.path:
+        path = _xml.text_of(_xml.child(root, "target"), "path") or known.path
+    if path is not None:
+        _set_text(_made(root, "target"), "path", path)
     return t.cast(str, etree.tostring(root, encoding="unicode", pretty_print=True))
 
 
@@ -284,3 +444,21 @@ def _set_all(parent: t.Any, tag: str, all_attributes: t.Sequence[t.Mapping[str, 
         parent.remove(old)
     for attributes in all_attributes:
         _xml.etree_module().SubElement(parent, tag, dict(attributes))
+
+
+def _host(host: Host, port: t.Optional[str]) -> t.Dict[str, str]:
+    """A port that is not stated stays what it was."""
+    port = str(host.port) if host.port is not None else port
+    return {"name": host.name, **({"port": port} if port else {})}
+
+
+def _set_auth(element: t.Any, auth: Auth, known: PoolType) -> None:
+    kind = auth.type or element.get("type") or known.auth
+    if kind:
+        element.set("type", kind)
+    if auth.username is not None:
+        element.set("username", auth.username)
+    if auth.secret_uuid is not None:
+        _set_all(element, "secret", [{"uuid": auth.secret_uuid}])
+    elif auth.secret_usage is not None:
+        _set_all(element, "secret", [{"usage": auth.secret_usage}])

@@ -195,6 +195,32 @@ class Connection:
         ]
         return ", ".join(found[:3])
 
+    def documents(self, but: str) -> t.Iterator[str]:
+        """Of all pools but one, and of all domains, running or not."""
+        libvirt = libvirt_module()
+        for name in self.names():
+            pool = self.find(name) if name != but else None
+            if pool is not None:
+                yield pool.document(inactive=True)
+        with translated(f"listing the domains at {self.uri}"):
+            for domain in self.handle.listAllDomains(0):
+                try:
+                    yield t.cast(str, domain.XMLDesc(0))
+                except libvirt.libvirtError as exc:
+                    if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                        raise
+
+    def users_among(self, paths: t.Collection[str], pool: str) -> str:
+        """Running domains that have a disk on one of these block devices, or name a volume of the pool as a disk."""
+        wanted = {_device_number(path) for path in paths} - {None}
+        found = [
+            f"domain {name!r}"
+            for name, document in self._running_domains()
+            if pool in _xml.domain_pools(document)
+            or any(_device_number(disk) in wanted for disk in _xml.domain_disks(document))
+        ]
+        return ", ".join(found[:3])
+
     def users_of_device(self, path: str) -> str:
         """Running domains that have a disk on a block device, by whatever node."""
         wanted = os.stat(path).st_rdev
@@ -304,7 +330,8 @@ class LibvirtPool(DirectoryPool):
             with translated(f"stopping pool {self.name!r}"):
                 self._patiently(self._pool.destroy, deadline)
         except CloneError as exc:
-            if "target is busy" in exc.msg:
+            # Of umount(8), and of vgchange(8).
+            if "target is busy" in exc.msg or "open logical volume" in exc.msg:
                 raise CloneError("IN_USE", exc.msg) from exc
             raise
 
@@ -338,6 +365,11 @@ class LibvirtPool(DirectoryPool):
         except libvirt.libvirtError:
             return False
         return True
+
+    def volume_paths(self) -> t.List[str]:
+        """Of all volumes that libvirt has listed."""
+        with translated(f"listing the volumes of pool {self.name!r}"):
+            return [volume.path() for volume in self._pool.listAllVolumes(0)]
 
     def refresh(self, deadline: Deadline) -> None:
         """Look again, once no job is running."""
@@ -413,6 +445,9 @@ def _error(exc: t.Any, doing: str) -> CloneError:
         libvirt.VIR_ERR_CONFIG_UNSUPPORTED: "CONFIG_UNSUPPORTED",
         libvirt.VIR_ERR_XML_ERROR: "XML_ERROR",
     }.get(code)
+    if known is None and "missing backend for pool type" in text:
+        # A libvirt that was built without it, or lacks the package with it.
+        known = "NO_SUPPORT"
     if known is None:
         taken = "already in use" in text or "already exists" in text
         denied = "ermission denied" in text

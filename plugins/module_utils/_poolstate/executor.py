@@ -20,6 +20,7 @@ from .._errors import CloneError, from_os_error
 from .._pools import definition, directory
 from .._pools.definition import TYPES, Definition
 from .._pools.libvirt import LibvirtPool
+from .._pools.secrets import Secret
 from .._transfer import locks
 from . import planner, report
 from .facts import Scene
@@ -78,6 +79,9 @@ class _Change:
         #: what there is to undo
         self._done: t.List[str] = []
         self._made: t.List[str] = []
+        #: the secret that was made or set, and its old value
+        self._secret: t.Optional[t.Tuple[Secret, t.Optional[bytes]]] = None
+        self._secret_is_new = False
 
     @property
     def pool(self) -> LibvirtPool:
@@ -111,6 +115,7 @@ class _Change:
             return f"; what it was could not be put back: {exc}"
         finally:
             directory.unmake(self._made)
+            self._restore_secret()
 
     def _restore(self) -> str:
         before = self.facts.pool
@@ -129,11 +134,32 @@ class _Change:
             told += " and it runs again" if told else "; it runs again"
         return told
 
+    def _restore_secret(self) -> None:
+        if self._secret is None:
+            return
+        secret, value = self._secret
+        if self._secret_is_new:
+            secret.remove()
+        elif value is not None:
+            secret.set(value)
+
     # --- the actions ------------------------------------------------------------------------------------------------------
 
     def created(self) -> None:
         owner = self.plan.owner
         self._made = directory.make(self.place.path, owner.uid, owner.gid, t.cast(int, owner.mode))
+
+    def secret(self) -> None:
+        desired = t.cast(Definition, self.facts.desired)
+        secret = self.scene.secret(desired)
+        self._secret_is_new = not secret.exists
+        if self._secret_is_new:
+            secret.make(self.request.name)
+        self._secret = secret, None if self._secret_is_new else secret.value()
+        secret.set(self.scene.password(desired))
+
+    def secret_removed(self) -> None:
+        self.scene.secret(t.cast(PoolFacts, self.facts.pool).definition).remove()
 
     def defined(self) -> None:
         self._define("defined")
@@ -194,7 +220,10 @@ class _Change:
         path = desired.target_path or ""
         if not self.pool.is_active():
             raise CloneError("IO_ERROR", f"pool {self.request.name!r} is not active after it was started")
-        if known and not (directory.mount_point(path) if known.mounts else os.path.isdir(path)):
+        if known and known.sized and self.pool.sizes()[0] == 0:
+            # As a pool of the type zfs is without any ZFS.
+            raise CloneError("IO_ERROR", f"pool {self.request.name!r} was started, but libvirt finds no storage behind it")
+        if known and known.directory and not (directory.mount_point(path) if known.mounts else os.path.isdir(path)):
             raise CloneError("IO_ERROR", f"pool {self.request.name!r} was started, but there is nothing at {path!r}")
 
     def _own_mounted(self, path: str) -> None:

@@ -12,12 +12,13 @@ import typing as t
 from dataclasses import replace
 
 from .._deadline import Deadline
-from .._errors import from_os_error
+from .._errors import CloneError, from_os_error
 from .._pools import block_device, definition
-from .._pools.definition import TYPES, Definition
+from .._pools.definition import TYPES, Auth, Definition, PoolType, Stated
 from .._pools.directory import kind_of, mount_point
 from .._pools.libvirt import Connection, LibvirtPool
-from .planner import DeviceFacts, DirectoryFacts, Facts, Ownership, PoolFacts, Unanswered
+from .._pools.secrets import Secret, made_up_usage, value_of
+from .planner import DeviceFacts, DirectoryFacts, Facts, Ownership, PoolFacts, SecretFacts, Unanswered
 from .request import Request
 
 
@@ -46,8 +47,11 @@ class Scene:
         if pool is None and request.xml is None and request.stated.type is None:
             return facts
         base = request.xml if request.xml is not None else pool.document if pool else None
-        document = definition.merge(base, request.name, pool.definition.uuid if pool else None, request.stated)
-        desired = definition.parse(document)
+        document, desired = self._desired(base, pool, request.stated)
+        auth = desired.source.auth
+        if request.password is not None and auth is not None and not (auth.secret_uuid or auth.secret_usage):
+            named = replace(request.stated.auth or Auth(), secret_usage=made_up_usage(request.name))
+            document, desired = self._desired(base, pool, replace(request.stated, auth=named))
         return replace(
             facts,
             pool=pool,
@@ -55,6 +59,11 @@ class Scene:
             document=document,
             directory=self._directory(desired),
         )
+
+    def _desired(self, base: t.Optional[str], pool: t.Optional[PoolFacts], stated: Stated) -> t.Tuple[str, Definition]:
+        spelled = _Spelling(pool.definition.source.devices if pool else ())
+        document = definition.merge(base, self.request.name, pool.definition.uuid if pool else None, stated, spelled)
+        return document, definition.parse(document)
 
     def _directory(self, desired: Definition) -> t.Optional[DirectoryFacts]:
         if desired.target_path is None or not self.request.needs_directory:
@@ -67,25 +76,75 @@ class Scene:
             return replace(facts, others=tuple(self.connection.definitions(but=self.request.name)))
         if asked.question == "users":
             return replace(facts, users=self._users(t.cast(PoolFacts, facts.pool)))
-        if asked.question == "device":
-            return replace(facts, device=self._device(t.cast(Definition, facts.desired)))
+        if asked.question == "devices":
+            desired = t.cast(Definition, facts.desired)
+            return replace(facts, devices=tuple(self._device(path, desired) for path in desired.source.devices))
+        if asked.question == "grouped":
+            return replace(facts, grouped=block_device.is_volume_group(t.cast(Definition, facts.desired).source.name or ""))
+        if asked.question == "secret":
+            return replace(facts, secret=self._secret_facts(facts))
         return replace(facts, denied=self.connection.denied())
 
     def _users(self, pool: PoolFacts) -> str:
+        known = TYPES.get(pool.live.type, PoolType())
+        if known.takes_away and not known.mounts:
+            return self.connection.users_among(t.cast(LibvirtPool, self.pool).volume_paths(), self.request.name)
         path = pool.live.target_path
-        return self.connection.users_below(path, self.request.name) if path is not None else ""
+        if known.path == "none" or path is None or not known.directory:
+            # Nothing of it is a file of this host.
+            return self.connection.users_among((), self.request.name)
+        return self.connection.users_below(path, self.request.name)
 
-    def _device(self, desired: Definition) -> DeviceFacts:
-        path = desired.source.devices[0] if desired.source.devices else ""
+    def _device(self, path: str, desired: Definition) -> DeviceFacts:
         if not os.path.exists(path):
             return DeviceFacts(path, exists=False)
         if not self.request.build:
             return DeviceFacts(path)
-        found = block_device.examine(path, desired.source.format or "")
+        found = block_device.examine(path, TYPES[desired.type].builds, desired.source.format or "")
         # A domain first: its name says more than its process.
         domains = self.connection.users_of_device(path) if not found.holds else ""
         claimed = f"is in use by {domains}" if domains else found.claimed
-        return DeviceFacts(path, format=found.format, holds=found.holds, claimed=claimed)
+        return DeviceFacts(path, format=found.format, group=found.group, holds=found.holds, claimed=claimed)
+
+    # --- the secret -------------------------------------------------------------------------------------------------------
+
+    def secret(self, described: t.Optional[Definition]) -> Secret:
+        """The one that a definition names."""
+        auth = t.cast(Auth, t.cast(Definition, described).source.auth)
+        kind = auth.type or TYPES[t.cast(Definition, described).type].auth
+        return Secret(self.connection, replace(auth, type=kind))
+
+    def password(self, desired: Definition) -> bytes:
+        """The stated password as libvirt keeps it."""
+        kind = t.cast(Auth, desired.source.auth).type or TYPES[desired.type].auth
+        return value_of(t.cast(str, self.request.password), kind)
+
+    def _secret_facts(self, facts: Facts) -> SecretFacts:
+        if self.request.state == "absent":
+            try:
+                secret = self.secret(t.cast(PoolFacts, facts.pool).definition)
+                own = secret.is_made_for(self.request.name) and not secret.users(self.request.name)
+            except CloneError as exc:
+                if exc.code != "NO_SUPPORT":
+                    raise
+                # A connection without secrets has made none.
+                own = False
+            return SecretFacts(own=own)
+        desired = t.cast(Definition, facts.desired)
+        wanted = self.password(desired)
+        secret = self.secret(desired)
+        private = secret.is_private()
+        return SecretFacts(secret.exists, private, not private and secret.value() == wanted)
+
+
+class _Spelling:
+    """Gives a device the name that a pool has for it already: another of its names makes no difference."""
+
+    def __init__(self, devices: t.Iterable[str]) -> None:
+        self._names = {os.path.realpath(device): device for device in devices if device.startswith("/")}
+
+    def __call__(self, device: str) -> str:
+        return self._names.get(os.path.realpath(device), device) if device.startswith("/") else device
 
 
 def _pool(pool: LibvirtPool) -> PoolFacts:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from .._errors import CloneError
 from .._pools import definition
-from .._pools.definition import TYPES, Definition, PoolType
+from .._pools.definition import TYPES, Auth, Definition, PoolType
 from .request import Request
 
 #: Mode of a directory that nobody stated one for, as libvirt's own build gives it (VIR_STORAGE_DEFAULT_POOL_PERM_MODE).
@@ -78,12 +78,25 @@ class DeviceFacts:
 
     path: str
     exists: bool = True
-    #: of the file system on it
+    #: of the file system, or whatever it is, that is alone on it
     format: t.Optional[str] = None
+    #: the volume group that it is part of
+    group: str = ""
     #: in words; empty when nothing was found but zeros
     holds: str = ""
     #: why nobody but its present user may have it, in words
     claimed: str = ""
+
+
+@dataclass(frozen=True)
+class SecretFacts:
+    """The secret that a definition's ``auth`` names. ``matches`` says whether it has the password that the task states."""
+
+    exists: bool = False
+    private: bool = False
+    matches: bool = False
+    #: whether this module made it for the pool, and nobody else uses it
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,11 @@ class Facts:
     others: t.Optional[t.Tuple[Definition, ...]] = None
     #: running domains that use a file of the pool; empty for none
     users: t.Optional[str] = None
-    device: t.Optional[DeviceFacts] = None
+    devices: t.Optional[t.Tuple[DeviceFacts, ...]] = None
+    #: whether there is a volume group of the name that the pool wants
+    grouped: t.Optional[bool] = None
+    #: what there is to know of the pool's secret
+    secret: t.Optional[SecretFacts] = None
     #: why this connection may not change a pool; empty when it may
     denied: t.Optional[str] = None
 
@@ -116,6 +133,8 @@ class State:
     definition: t.Optional[Definition] = None
     persistent: t.Optional[bool] = None
     owner: Ownership = NOTHING
+    #: what is known of the password that the task states, in words
+    password: t.Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,8 @@ class Plan:
     warnings: t.Tuple[str, ...] = ()
 
 
+#: types of which libvirt has no two pools of the same thing on a server
+_SERVED = ("netfs", "iscsi", "gluster")
 _UNMOUNTED = "active, not mounted"
 
 
@@ -261,7 +282,10 @@ def _absent(request: Request, facts: Facts) -> Plan:
         return Plan(None, None)
     if pool.active:
         _refuse_unmounting(request, facts, pool)
-    return Plan(_before(request, facts, pool), None, ("stopped", "undefined") if pool.active else ("undefined",))
+    actions: t.Tuple[str, ...] = ("stopped", "undefined") if pool.active else ("undefined",)
+    if pool.definition.source.auth and t.cast(SecretFacts, _known(facts, "secret")).own:
+        actions = (*actions, "secret_removed")
+    return Plan(_before(request, facts, pool), None, actions)
 
 
 def _nothing_known(request: Request, facts: Facts) -> Plan:
@@ -280,9 +304,11 @@ def _present(request: Request, facts: Facts, desired: Definition) -> Plan:
     pool = facts.pool
     if request.build:
         _refuse_build(request, desired)
+    if request.owns and not _type_of(desired).directory:
+        raise CloneError("INVALID_ARG", f"owner, group, mode: a pool of the type {desired.type} has no directory of its own")
     if request.defines:
         _refuse_change(request, pool, desired)
-        _refuse_incomplete(desired)
+        _refuse_incomplete(request, desired)
     differs = pool is None or not desired.means_the_same(pool.definition)
     if differs:
         _refuse_conflict(facts, desired)
@@ -299,6 +325,9 @@ def _present(request: Request, facts: Facts, desired: Definition) -> Plan:
     warnings: t.List[str] = []
     made, owner = _directory_of(request, facts, desired, running=active and not starts)
     actions = [action for action in made if action == "created"]
+    password = _password(request, facts, desired)
+    if password:
+        actions.append("secret")
     if pool is None or not pool.persistent:
         actions.append("defined")
     elif differs:
@@ -322,8 +351,25 @@ def _present(request: Request, facts: Facts, desired: Definition) -> Plan:
         desired if pool is None or differs else pool.definition,
         True,
         _owned_afterwards(request, facts, desired, owner, active, starts),
+        "as stated" if password else None,
     )
-    return Plan(None if pool is None else _before(request, facts, pool), after, tuple(actions), owner, tuple(warnings))
+    before = None if pool is None else replace(_before(request, facts, pool), password=password or None)
+    return Plan(before, after, tuple(actions), owner, tuple(warnings))
+
+
+def _password(request: Request, facts: Facts, desired: Definition) -> str:
+    """What the secret has in place of the stated password, in words; empty where it has that, or none is stated."""
+    if request.password is None:
+        return ""
+    secret = t.cast(SecretFacts, _known(facts, "secret"))
+    if secret.private:
+        named = t.cast(Auth, desired.source.auth)
+        raise CloneError(
+            "NO_SUPPORT",
+            f"pool_source.auth.password: the secret {named.secret_uuid or named.secret_usage!r} is private, and libvirt tells"
+            " nobody what it has; state no password, or another secret",
+        )
+    return "" if secret.matches else "another" if secret.exists else "none"
 
 
 def _restarts(request: Request, facts: Facts, pool: PoolFacts, desired: Definition) -> bool:
@@ -343,7 +389,12 @@ def _before(request: Request, facts: Facts, pool: PoolFacts) -> State:
     if pool.unmounted:
         return replace(state, state=_UNMOUNTED)
     directory = facts.directory
-    if directory is None or directory.path != shown.target_path or (_mounts(shown) and not pool.active):
+    if (
+        directory is None
+        or not _type_of(shown).directory
+        or directory.path != shown.target_path
+        or (_mounts(shown) and not pool.active)
+    ):
         return state
     return replace(state, owner=directory.owner)
 
@@ -352,7 +403,7 @@ def _owned_afterwards(
     request: Request, facts: Facts, desired: Definition, owner: Ownership, active: bool, starts: bool
 ) -> Ownership:
     """Owner, group and mode, as far as they can be told beforehand."""
-    if facts.directory is None or (_mounts(desired) and not active):
+    if facts.directory is None or not _type_of(desired).directory or (_mounts(desired) and not active):
         return NOTHING
     if not _mounts(desired):
         return _owned(owner, facts.directory)
@@ -364,34 +415,53 @@ def _owned_afterwards(
 
 def _directory_of(request: Request, facts: Facts, desired: Definition, running: bool) -> t.Tuple[t.Tuple[str, ...], Ownership]:
     """What is to be done to the pool's directory; nothing for a pool that is asked for no more than another state."""
-    if facts.directory is None or desired.type not in TYPES or not request.needs_directory:
+    if facts.directory is None or not _type_of(desired).directory or not request.needs_directory:
         return (), NOTHING
     unmounted = facts.pool is not None and facts.pool.unmounted
     return _make_or_own(request, facts, facts.directory, desired, hidden=_mounts(desired) and (unmounted or not running))
 
 
 def _building(request: Request, facts: Facts, desired: Definition, warnings: t.List[str]) -> t.Sequence[str]:
-    """``built``, or nothing where nothing is to be built, or the file system is there."""
-    if not _type_of(desired).builds:
+    """``built``, or nothing where nothing is to be built, or what is wanted is there."""
+    if not _type_of(desired).builds or not desired.source.devices:
         return ()
-    device = t.cast(DeviceFacts, _known(facts, "device"))
-    what = f"the device {device.path!r} (pool_source.devices)"
-    if not device.exists:
+    devices = t.cast(t.Tuple[DeviceFacts, ...], _known(facts, "devices"))
+    missing = [device.path for device in devices if not device.exists]
+    if missing:
+        what = f"pool {request.name!r}: the device {missing[0]!r} (pool_source.devices) does not exist"
         if not facts.check_mode:
-            raise CloneError("INVALID_ARG", f"pool {request.name!r}: {what} does not exist")
-        warnings.append(f"pool {request.name!r}: {what} does not exist; the check run takes it that an earlier task makes it")
+            raise CloneError("INVALID_ARG", what)
+        warnings.append(f"{what}; the check run takes it that an earlier task makes it")
         return ("built",) if request.build else ()
-    if not request.build or device.format == desired.source.format:
+    if not request.build or all(_is_built(device, desired) for device in devices):
         return ()
+    for device in devices:
+        _refuse_to_build_on(request, device, desired)
+    if desired.type == "logical" and _known(facts, "grouped"):
+        raise CloneError(
+            "OPERATION_INVALID",
+            f"pool {request.name!r}: build makes a volume group and never extends one, and there is one of the name"
+            f" {desired.source.name!r} already, without the device {devices[0].path!r} (pool_source.devices)",
+        )
+    return ("built",)
+
+
+def _is_built(device: DeviceFacts, desired: Definition) -> bool:
+    group = desired.source.name if desired.type == "logical" else ""
+    return device.format == desired.source.format and device.group == group
+
+
+def _refuse_to_build_on(request: Request, device: DeviceFacts, desired: Definition) -> None:
+    what = f"the device {device.path!r} (pool_source.devices)"
     if device.holds:
+        wanted = f"the volume group {desired.source.name!r}" if desired.type == "logical" else ""
         raise CloneError(
             "OPERATION_INVALID",
             f"pool {request.name!r}: build never formats over data: {what} holds {device.holds},"
-            f" asked for is pool_source.format={desired.source.format}",
+            f" asked for is {wanted or f'pool_source.format={desired.source.format}'}",
         )
     if device.claimed:
         raise CloneError("IN_USE", f"pool {request.name!r}: {what} {device.claimed}")
-    return ("built",)
 
 
 def _type_of(described: Definition) -> PoolType:
@@ -421,30 +491,68 @@ def _refuse_change(request: Request, pool: t.Optional[PoolFacts], desired: Defin
             )
 
 
-def _refuse_incomplete(desired: Definition) -> None:
+def _refuse_incomplete(request: Request, desired: Definition) -> None:
     known = TYPES.get(desired.type)
     if known is None:
         raise CloneError(
             "NO_SUPPORT", f"type: pools of the type {desired.type!r} cannot be defined; those are {', '.join(sorted(TYPES))}"
         )
-    if desired.target_path is None:
-        raise CloneError("INVALID_ARG", f"target_path: a pool of the type {desired.type} needs it")
+    _refuse_path(request, desired, known)
     stated = desired.source.stated
-    for key in known.needs:
-        if key not in stated:
+    for key in (*known.needs, *known.may):
+        # What only XML can say of an adapter is one, too.
+        if key not in stated and key in known.needs and f"source/{key}" not in desired.others:
             raise CloneError("INVALID_ARG", f"pool_source.{key}: a pool of the type {desired.type} needs it")
-        if isinstance(stated[key], list) and len(stated[key]) > 1:
+        if key not in known.several and isinstance(stated.get(key), list) and len(stated[key]) > 1:
             raise CloneError(
                 "INVALID_ARG", f"pool_source.{key}: a pool of the type {desired.type} has one, not {len(stated[key])}"
             )
     definition.refuse_useless(desired.type, desired.source)
+    _refuse_port(desired)
+    _refuse_auth(request, desired)
+
+
+def _refuse_path(request: Request, desired: Definition, known: PoolType) -> None:
+    stated = request.stated.target_path
+    if known.path == "none":
+        if stated is not None:
+            raise CloneError("INVALID_ARG", f"target_path: {stated!r} has no use in a pool of the type {desired.type}")
+    elif desired.target_path is None:
+        raise CloneError("INVALID_ARG", f"target_path: a pool of the type {desired.type} needs it")
+    elif "{name}" in known.path and stated is not None and definition.plain_path(stated) != desired.target_path:
+        raise CloneError(
+            "INVALID_ARG",
+            f"target_path: {stated!r} is not where a pool of the type {desired.type} has its volumes, which is"
+            f" {desired.target_path!r}",
+        )
+
+
+def _refuse_port(desired: Definition) -> None:
+    ports = [host.port for host in desired.source.hosts if host.port]
+    if ports and desired.type == "netfs":
+        # mount(8) takes it among the options, and libvirt does not pass it on.
+        raise CloneError("INVALID_ARG", f"pool_source.hosts.port: {ports[0]} has no use in a pool of the type netfs")
+
+
+def _refuse_auth(request: Request, desired: Definition) -> None:
+    auth = desired.source.auth
+    if auth is None:
+        return
+    if auth.username is None:
+        raise CloneError("INVALID_ARG", f"pool_source.auth.username: pool {request.name!r} needs it to authenticate")
+    if auth.secret_uuid is None and auth.secret_usage is None:
+        raise CloneError(
+            "INVALID_ARG", f"pool_source.auth: pool {request.name!r} needs a password, or secret_uuid or secret_usage"
+        )
 
 
 def _refuse_build(request: Request, desired: Definition) -> None:
     """``build`` where there is nothing to build, or nobody knows what."""
     if not _type_of(desired).builds:
         raise CloneError("INVALID_ARG", f"build: a pool of the type {desired.type} has nothing that could be formatted")
-    if desired.source.format == "auto":
+    if not desired.source.devices:
+        raise CloneError("INVALID_ARG", f"build: pool {request.name!r} needs pool_source.devices to make a volume group of")
+    if desired.source.format in ("auto", "unknown"):
         raise CloneError("INVALID_ARG", f"build: pool {request.name!r} needs pool_source.format to be formatted")
 
 
@@ -454,18 +562,25 @@ def _refuse_conflict(facts: Facts, desired: Definition) -> None:
         shared = None
         if desired.uuid is not None and desired.uuid == other.uuid:
             shared = f"xml: the uuid {desired.uuid}"
-        elif desired.target_path == other.target_path and other.type in TYPES:
+        elif _type_of(desired).directory and _type_of(other).directory and desired.target_path == other.target_path:
             shared = f"target_path: {desired.target_path!r}"
-        elif desired.source.devices and set(desired.source.devices) & set(other.source.devices):
-            shared = f"pool_source.devices: {desired.source.devices[0]!r}"
-        elif desired.type == other.type == "netfs" and _export(desired) == _export(other):
-            shared = f"pool_source: {desired.source.dir!r} of {desired.source.hosts[0].name!r}"
+        elif _type_of(desired).local and _type_of(other).local and set(desired.source.devices) & set(other.source.devices):
+            both = sorted(set(desired.source.devices) & set(other.source.devices))
+            shared = f"pool_source.devices: {both[0]!r}"
+        elif desired.type == other.type and desired.type in _SERVED and _served(desired) == _served(other):
+            what = desired.source.dir or desired.source.devices[0] if desired.type != "gluster" else desired.source.name
+            shared = f"pool_source: {what!r} of {desired.source.hosts[0].name!r}"
+        elif desired.type == other.type == "scsi" and desired.source.adapter and _served(desired) == _served(other):
+            shared = f"pool_source.adapter: {desired.source.adapter!r}"
         if shared:
             raise CloneError("OPERATION_INVALID", f"{shared} is that of pool {other.name!r} already")
 
 
-def _export(described: Definition) -> t.Tuple[object, ...]:
-    return tuple(host.name for host in described.source.hosts), (described.source.dir or "").lstrip("/")
+def _served(described: Definition) -> t.Tuple[object, ...]:
+    """What tells one pool of a server from another, or one adapter."""
+    source = described.meaning().source
+    hosts = tuple(host.name for host in source.hosts)
+    return hosts, source.name, (source.dir or "").lstrip("/"), source.devices, source.initiator, source.adapter
 
 
 def _refuse_symbolic_link(facts: Facts, desired: Definition) -> None:
@@ -486,8 +601,8 @@ def _refuse_in_use(request: Request, facts: Facts, done: str) -> None:
 
 
 def _refuse_unmounting(request: Request, facts: Facts, pool: PoolFacts) -> None:
-    """Stopping a pool whose files stay where they are takes nothing from anybody; unmounting does."""
-    if _mounts(pool.live) and not pool.unmounted:
+    """Stopping a pool whose files stay where they are takes nothing from anybody; unmounting does, and so does logging out."""
+    if _type_of(pool.live).takes_away and not pool.unmounted:
         _refuse_in_use(request, facts, "stopped")
     if pool.mounted not in (None, pool.live.target_path):
         raise CloneError(

@@ -147,6 +147,7 @@ def _shown(name: str, state: t.Optional[State]) -> t.Dict[str, t.Any]:
         "autostart": state.autostart,
         "persistent": state.persistent,
         **_definition(state.definition),
+        "password": state.password,
         "owner": None if owner.uid is None else user_name(owner.uid),
         "group": None if owner.gid is None else group_name(owner.gid),
         "mode": None if owner.mode is None else f"{owner.mode:04o}",

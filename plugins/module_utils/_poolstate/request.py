@@ -10,13 +10,14 @@ A parameter wins over the pool XML; what neither states is None here.
 from __future__ import annotations
 
 import typing as t
-from dataclasses import dataclass, fields
+import uuid as uuids
+from dataclasses import asdict, dataclass, field, fields
 
 from .._errors import CloneError
 from .._names import check_path, check_pool, check_readable
 from .._permissions import Mode, group_id, user_id
 from .._pools import definition
-from .._pools.definition import Definition, Host, Source, Stated
+from .._pools.definition import TYPES, Auth, Definition, Host, Stated
 from .._units import quoted
 
 NOTHING_STATED = Stated()
@@ -38,6 +39,8 @@ class Request:
     mode: t.Optional[Mode] = None
     autostart: t.Optional[bool] = None
     build: bool = False
+    #: of ``pool_source.auth``
+    password: t.Optional[str] = field(default=None, repr=False)
     lock_timeout: float = 300.0
 
     @property
@@ -84,6 +87,8 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         check_path(described.target_path, "xml: target/path")
     if described:
         _check_described(described)
+    stated = _stated(params)
+    _check_devices(stated, described)
     mode = params.get("mode")
     if params.get("lock_timeout") is not None and params["lock_timeout"] < 0:
         raise CloneError("INVALID_ARG", f"lock_timeout: {params['lock_timeout']} seconds is less than none")
@@ -91,7 +96,7 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         name=name,
         uri=params.get("uri") or "qemu:///system",
         state=params.get("state") or "active",
-        stated=_stated(params),
+        stated=stated,
         xml=xml,
         owner=user_id(params["owner"]) if on_host and params.get("owner") is not None else None,
         group=group_id(params["group"]) if on_host and params.get("group") is not None else None,
@@ -99,6 +104,7 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         mode=Mode(mode, allowed=0o7777) if mode is not None else None,
         autostart=params.get("autostart"),
         build=bool(params.get("build")),
+        password=_password(params),
         lock_timeout=float(params["lock_timeout"]) if params.get("lock_timeout") is not None else 300.0,
     )
 
@@ -116,6 +122,17 @@ def _refuse_for_directory(name: str, params: t.Mapping[str, t.Any]) -> None:
         raise CloneError("INVALID_ARG", f"state: 'inactive' has no meaning for the directory pool {name!r}")
 
 
+def _check_devices(stated: Stated, described: t.Optional[Definition]) -> None:
+    """Those of this host are paths; one of iSCSI is the name of a target."""
+    pool_type = stated.type or (described.type if described else None)
+    if pool_type is not None and pool_type in TYPES and not TYPES[pool_type].local:
+        return
+    for device in stated.devices or ():
+        # Of a pool that exists the type is not known yet.
+        if pool_type is not None or not device.startswith(("iqn.", "eui.", "naa.")):
+            check_path(device, "pool_source.devices")
+
+
 def _check_described(described: Definition) -> None:
     """libvirt leaves such characters out of the documents that it writes, so that the pool would differ on each run."""
     source = described.source
@@ -126,6 +143,9 @@ def _check_described(described: Definition) -> None:
         ("source/format", (source.format,)),
         ("source/device", source.devices),
         ("source/host", tuple(host.name for host in source.hosts)),
+        ("source/initiator", (source.initiator,)),
+        ("source/adapter", (source.adapter,)),
+        ("source/auth", tuple(source.auth.stated.values()) if source.auth else ()),
     ):
         for text in texts:
             check_readable(text or "", f"xml: {path}")
@@ -135,25 +155,59 @@ def _stated(params: t.Mapping[str, t.Any]) -> Stated:
     source = params.get("pool_source") or {}
     hosts = source.get("hosts")
     devices = source.get("devices")
+    auth = source.get("auth")
     stated = Stated(
         type=params.get("type"),
         target_path=params.get("target_path"),
-        hosts=None if hosts is None else tuple(host["name"] for host in hosts),
+        hosts=None if hosts is None else tuple(Host(host["name"], host.get("port")) for host in hosts),
         dir=source.get("dir"),
         devices=None if devices is None else tuple(devices),
         format=source.get("format"),
+        name=source.get("name"),
+        initiator=source.get("initiator"),
+        adapter=source.get("adapter"),
+        auth=None if auth is None else _auth(auth),
     )
+    for parameter, text in _texts(stated):
+        if text == "":
+            raise CloneError("INVALID_ARG", f"{parameter}: '' is empty")
+        check_readable(text, parameter)
+    for host in stated.hosts or ():
+        if host.port is not None and not 0 < host.port < 65536:
+            raise CloneError("INVALID_ARG", f"pool_source.hosts.port: {host.port} is not between 1 and 65535")
+    if stated.type is not None:
+        definition.refuse_useless(stated.type, stated.source)
+    return stated
+
+
+def _texts(stated: Stated) -> t.Iterator[t.Tuple[str, str]]:
+    """All that is stated, by its parameter."""
     for entry in fields(stated):
         value = getattr(stated, entry.name)
-        for text in value if isinstance(value, tuple) else (value,):
-            parameter = entry.name if entry.name in ("type", "target_path") else f"pool_source.{entry.name}"
-            if text == "":
-                raise CloneError("INVALID_ARG", f"{parameter}: '' is empty")
-            if text is not None:
-                check_readable(text, parameter)
-    for device in stated.devices or ():
-        check_path(device, "pool_source.devices")
-    if stated.type is not None:
-        hosts = tuple(Host(name) for name in stated.hosts or ())
-        definition.refuse_useless(stated.type, Source(hosts, None, stated.dir, stated.devices or (), stated.format))
-    return stated
+        parameter = entry.name if entry.name in ("type", "target_path") else f"pool_source.{entry.name}"
+        if isinstance(value, Auth):
+            yield from ((f"{parameter}.{key}", text) for key, text in asdict(value).items() if text is not None)
+        elif value is not None:
+            for text in value if isinstance(value, tuple) else (value,):
+                yield parameter, text.name if isinstance(text, Host) else text
+
+
+def _auth(auth: t.Mapping[str, t.Any]) -> Auth:
+    uuid = auth.get("secret_uuid")
+    if uuid is not None:
+        try:
+            uuid = str(uuids.UUID(uuid))
+        except ValueError:
+            raise CloneError("INVALID_ARG", f"pool_source.auth.secret_uuid: {quoted(uuid)} is no UUID") from None
+        if auth.get("secret_usage") is not None:
+            raise CloneError(
+                "INVALID_ARG", "pool_source.auth: secret_uuid and secret_usage name one secret, so state one of them"
+            )
+    return Auth(auth.get("type"), auth.get("username"), uuid, auth.get("secret_usage"))
+
+
+def _password(params: t.Mapping[str, t.Any]) -> t.Optional[str]:
+    password = ((params.get("pool_source") or {}).get("auth") or {}).get("password")
+    if password == "":
+        raise CloneError("INVALID_ARG", "pool_source.auth.password: it is empty")
+    return t.cast(t.Optional[str], password)

@@ -139,16 +139,18 @@ def test_only_a_volume_of_glusterfs_has_no_slash():
 def test_the_options_of_another_namespace_keep_their_values():
     found = parse(
         "<pool type='rbd' xmlns:rbd='http://libvirt.org/schemas/storagepool/rbd/1.0'><source><name>rbd</name>"
-        "<host name='a' port='6789'/><host name='b'/><auth type='ceph' username='admin'><secret uuid='x'/></auth></source>"
+        "<host name='a' port='6789'/><host name='b'/><auth type='ceph' username='admin'><secret usage='x'/></auth></source>"
         "<rbd:config_opts><rbd:option name='b' value='2'/><rbd:option name='a' value='1'/></rbd:config_opts></pool>",
         strict=True,
     )
     assert found.others == {
-        "source/auth": ("type=ceph username=admin",),
-        "source/auth/secret": ("uuid=x",),
         "rbd:config_opts/rbd:option": ("name=a value=1", "name=b value=2"),
     }
-    assert found.source.stated == {"hosts": [{"name": "a", "port": 6789}, {"name": "b"}], "name": "rbd"}
+    assert found.source.stated == {
+        "hosts": [{"name": "a", "port": 6789}, {"name": "b"}],
+        "name": "rbd",
+        "auth": {"type": "ceph", "username": "admin", "secret_usage": "x"},
+    }
 
 
 @pytest.mark.parametrize(
@@ -207,9 +209,9 @@ def test_nothing_stated_changes_nothing():
         (Stated(target_path="/new"), "/srv/isos", "/new"),
         (Stated(dir="/new"), "'/export'", "'/new'"),
         (Stated(format="cifs"), "'nfs'", "'cifs'"),
-        (Stated(hosts=("new",)), "name='nas.example.com' port='2049'", "name='new'"),
+        (Stated(hosts=(Host("new"),)), "name='nas.example.com' port='2049'", "name='new'"),
         # Its port stays.
-        (Stated(hosts=("nas.example.com",)), "", ""),
+        (Stated(hosts=(Host("nas.example.com"),)), "", ""),
     ],
 )
 def test_what_is_stated_replaces_what_was_and_all_else_stays(stated, old, new):

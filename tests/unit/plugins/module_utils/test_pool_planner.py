@@ -42,7 +42,7 @@ def request(**kwargs):
 def facts(had=None, desired=None, **kwargs):
     """Everything answered and harmless, unless a row says otherwise."""
     desired = desired or (had.definition if had else None)
-    values = {"directory": THERE, "others": (), "users": "", "denied": "", "device": DeviceFacts("/dev/x", format="xfs")}
+    values = {"directory": THERE, "others": (), "users": "", "denied": "", "devices": (DeviceFacts("/dev/x", format="xfs"),)}
     values.update(kwargs)
     return Facts(had, desired, "<pool/>" if desired else None, **values)
 
@@ -227,7 +227,7 @@ def test_a_directory_that_cannot_be_changed_is_no_matter_where_nothing_is_change
     ],
 )
 def test_building(had, stated, device, actions):
-    plan = planner.plan(request(type="fs", build=True, **stated), facts(had, FS, device=device))
+    plan = planner.plan(request(type="fs", build=True, **stated), facts(had, FS, devices=(device,)))
     assert list(plan.actions) == actions
 
 
@@ -241,12 +241,12 @@ def test_building(had, stated, device, actions):
     ],
 )
 def test_what_is_never_formatted(device, code, words):
-    found, message = refusal(request(type="fs", build=True), facts(None, FS, device=device))
+    found, message = refusal(request(type="fs", build=True), facts(None, FS, devices=(device,)))
     assert found == code and all(word in message for word in words), message
 
 
 def test_a_device_that_an_earlier_task_would_have_made():
-    known = facts(None, FS, device=DeviceFacts("/dev/x", exists=False), check_mode=True)
+    known = facts(None, FS, devices=(DeviceFacts("/dev/x", exists=False),), check_mode=True)
     plan = planner.plan(request(type="fs", build=True), known)
     assert plan.actions == ("defined", "built", "started")
     assert "/dev/x" in plan.warnings[0]
@@ -289,10 +289,11 @@ def test_what_cannot_be_built(desired, message):
         ),
         (
             None,
-            Definition("iscsi", "p", target_path="/dev"),
+            Definition("sheepdog", "p", target_path="/dev"),
             {},
             "NO_SUPPORT",
-            "type: pools of the type 'iscsi' cannot be defined; those are dir, fs, netfs",
+            "type: pools of the type 'sheepdog' cannot be defined; those are dir, disk, fs, gluster, iscsi, iscsi-direct, logical,"
+            " mpath, netfs, rbd, scsi, vstorage, zfs",
         ),
         (None, Definition("dir", "p"), {}, "INVALID_ARG", "target_path: a pool of the type dir needs it"),
         (
@@ -402,7 +403,7 @@ def test_a_pool_that_nobody_has_defined():
         (request(type="dir"), facts(None, DIR, others=None), "others"),
         (request(target_path="/q"), facts(pool(), replace(DIR, target_path="/q"), users=None), "users"),
         (request(state="inactive"), facts(pool(FS), users=None), "users"),
-        (request(), facts(pool(FS, active=False), device=None), "device"),
+        (request(), facts(pool(FS, active=False), devices=None), "devices"),
         (request(state="inactive"), facts(pool(), denied=None), "denied"),
     ],
 )
@@ -413,7 +414,7 @@ def test_what_costs_something_is_asked_for_when_it_is_needed(stated, known, ques
 
 
 def test_a_pool_that_is_as_it_should_be_asks_for_nothing():
-    known = facts(pool(), others=None, users=None, device=None, denied=None)
+    known = facts(pool(), others=None, users=None, devices=None, denied=None)
     assert planner.plan(request(type="dir", target_path="/p"), known).actions == ()
 
 
