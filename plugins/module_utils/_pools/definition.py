@@ -25,7 +25,11 @@ _NAMESPACES = {
     "http://libvirt.org/schemas/storagepool/rbd/1.0": "rbd:",
 }
 # libvirt prints them, and takes no notice of them in a definition; the permissions count where a directory is made.
-_OUTPUT_ONLY = ("capacity", "allocation", "available", "target/permissions", "target/timestamps")
+_OUTPUT_ONLY = (
+    *("capacity", "allocation", "available", "target/permissions", "target/timestamps"),
+    # The gaps between the partitions of a disk.
+    "source/device/freeExtent",
+)
 # What parameters exist for, read one by one.
 _OWN_FIELDS = (
     *("name", "uuid", "source/name", "source/host", "source/dir", "source/format", "target/path"),
@@ -34,7 +38,7 @@ _OWN_FIELDS = (
 # All else that libvirt reads. It drops an element that it does not know without a word, so that it would differ each time.
 _KNOWN = (
     *("features/cow", "refresh/volume", "fs:mount_opts/fs:option", "rbd:config_opts/rbd:option"),
-    *("source/device", "source/device/freeExtent", "source/protocol", "source/vendor", "source/product"),
+    *("source/device", "source/protocol", "source/vendor", "source/product"),
     *("source/adapter", "source/adapter/parentaddr", "source/adapter/parentaddr/address"),
 )
 
