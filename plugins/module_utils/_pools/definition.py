@@ -35,6 +35,8 @@ _OWN_FIELDS = (
     *("name", "uuid", "source/name", "source/host", "source/dir", "source/format", "target/path"),
     *("source/initiator/iqn", "source/auth", "source/auth/secret"),
 )
+# Read one by one, as far as there are parameters for their attributes.
+_BY_ATTRIBUTES = ("source/device", "source/adapter")
 # All else that libvirt reads. It drops an element that it does not know without a word, so that it would differ each time.
 _KNOWN = (
     *("features/cow", "refresh/volume", "fs:mount_opts/fs:option", "rbd:config_opts/rbd:option"),
@@ -321,7 +323,7 @@ def _collect(element: t.Any, above: str, found: t.Dict[str, t.List[str]]) -> Non
     value = " ".join(attributes if path in _OWN_FIELDS else [*attributes, *(element.text or "").split()])
     children = list(element.iterchildren("*"))
     # An element for others, such as <features>, means nothing when it is empty.
-    if value or not (children or path in _OWN_FIELDS or path == "source/adapter" or _holds_others(path)):
+    if value or not (children or path in _OWN_FIELDS or path in _BY_ATTRIBUTES or _holds_others(path)):
         found.setdefault(path, []).append(value)
     for below in children:
         _collect(below, f"{path}/", found)

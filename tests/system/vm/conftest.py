@@ -4,19 +4,26 @@
 
 """Tests that need more of a kernel than the machine may have: LVM, NFS, iSCSI. They run in a virtual machine:
 
-    tests/tools/vm-run -d 1G -d 512M -- tests/tools/system tests/system/vm
+    tests/tools/vm-run -- tests/tools/system tests/system/vm
 
 All fixtures of the tests outside are there too, and the same rules.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
+import tempfile
+from pathlib import Path
 
 import harness
 import pytest
-from harness import run
+from conftest import make_file_system
+from harness import MIB, run
+
+HERE = Path(__file__).resolve().parent
 
 
 def pytest_configure(config):
@@ -33,5 +40,90 @@ def udev():
     run("udevadm", "trigger")
     run("udevadm", "settle")
     yield
+    daemon.terminate()
+    daemon.wait(30)
+
+
+class Forked:
+    """A module in a child of the fork server, as far as tests use subprocess.Popen."""
+
+    def __init__(self, path, command, environment):
+        self._files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _number in range(2)]
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        text = json.dumps({"argv": command, "environment": environment})
+        socket.send_fds(self._socket, [text.encode()], [file.fileno() for file in self._files])
+        self._answers = self._socket.makefile()
+        self.pid = int(self._answers.readline())
+        self.returncode = None
+        self.stdout, self.stderr = self._files
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            self._socket.settimeout(timeout)
+            self.returncode = int(self._answers.readline())
+            self._socket.close()
+        return self.returncode
+
+    def poll(self):
+        return self.returncode if not os.path.exists(f"/proc/{self.pid}") and self.wait() is not None else self.returncode
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        texts = []
+        for file in self._files:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        return tuple(texts)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(library, scratch):
+    """Modules that run as they are, with no prefix, no environment and no Python of their own, are started by fork."""
+    path, driver = str(scratch / "fork_server"), harness.HERE / "driver.py"
+    server = subprocess.Popen([harness.PYTHON, HERE / "fork_server.py", path, driver], env=harness.environment())
+    harness.wait_until(lambda: os.path.exists(path), 120)
+    start = harness.start
+
+    def forked(params, *, prefix=(), env=None, **options):
+        if prefix or env or "python" in options:
+            return start(params, prefix=prefix, env=env, **options)
+        _python, *command = harness.command(params, **options)
+        return Forked(path, command, harness.environment())
+
+    harness.start = forked
+    yield
+    harness.start = start
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def nfs(scratch):
+    """An NFS server (4.2) on 127.0.0.1: the directory that it exports, which is an XFS with reflinks."""
+    place = make_file_system("xfs", scratch / "export.img", 320 * MIB, scratch / "export")
+    run("modprobe", "-a", "nfsd", "nfsv4")
+    run("mount", "-t", "nfsd", "none", "/proc/fs/nfsd")
+    for directory in ("/var/lib/nfs/v4recovery", "/var/lib/nfs/rpc_pipefs", "/run/rpcbind"):
+        os.makedirs(directory, exist_ok=True)
+    run("exportfs", "-o", "rw,sync,no_root_squash,no_subtree_check", f"127.0.0.1:{place}")
+    run("rpc.nfsd", "-N", "3", "--no-udp", "--host", "127.0.0.1", "2")
+    daemon = subprocess.Popen(["rpc.mountd", "--foreground", "--no-nfs-version", "3"], stdin=subprocess.DEVNULL)
+    yield place
+    run("rpc.nfsd", "0")
+    daemon.terminate()
+    daemon.wait(30)
+    run("exportfs", "-ua")
+    run("umount", "-l", place)
+
+
+@pytest.fixture(scope="session")
+def initiator(tgt):
+    """The kernel's side of iSCSI, which logs in to ``tgt``."""
+    run("modprobe", "-a", "iscsi_tcp", "sd_mod")
+    Path("/etc/iscsi/initiatorname.iscsi").write_text("InitiatorName=iqn.2026-01.test:vm\n")
+    daemon = subprocess.Popen(["iscsid", "-f"], stdin=subprocess.DEVNULL)
+    yield tgt
     daemon.terminate()
     daemon.wait(30)

@@ -1,0 +1,74 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""usage: fork_server.py SOCKET DRIVER
+
+Runs modules in children of a process that has imported all they need, which takes an emulated processor seconds. For each
+connection: the words of a command and its environment come in, with two open files for its output; its number goes out, and when
+it has ended its status.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import socket
+import sys
+
+import ansible.module_utils.basic  # noqa: F401
+import ansible.module_utils.common.respawn  # noqa: F401
+import ansible_collections.virtforge.libvirt.plugins.module_utils as ours
+import libvirt  # noqa: F401
+import lxml.etree  # noqa: F401
+
+
+def serve(path, driver):
+    for found in pkgutil.walk_packages(ours.__path__, f"{ours.__name__}."):
+        importlib.import_module(found.name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        while True:
+            client, _address = listening.accept()
+            if not os.fork():
+                listening.close()
+                handle(client, driver)
+            client.close()
+
+
+def handle(client, driver):
+    """One command, from its words to its status; does not return."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    text, fds, _flags, _address = socket.recv_fds(client, 1 << 20, 2)
+    request = json.loads(text)
+    child = os.fork()
+    if child:
+        client.sendall(f"{child}\n".encode())
+        _pid, status = os.waitpid(child, 0)
+        client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        os._exit(0)
+    os.setsid()
+    for number, fd in enumerate((os.open(os.devnull, os.O_RDONLY), *fds)):
+        os.dup2(fd, number)
+    os.closerange(3, 64)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.argv = request["argv"]
+    status = 0
+    try:
+        runpy.run_path(driver, run_name="__main__")
+    except SystemExit as exc:
+        status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+serve(*sys.argv[1:])
