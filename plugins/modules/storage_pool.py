@@ -37,7 +37,7 @@ attributes:
     support: full
 requirements:
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt
-  - C(blkid) and C(mkfs) for the format, for O(build)
+  - C(blkid), and C(mkfs) for the format, C(parted) or C(lvm2), for O(build)
 options:
   name:
     description:
@@ -50,24 +50,36 @@ options:
     type: str
   type:
     description:
-      - Kind of pool. V(dir) is a directory, V(fs) a file system on a block device, V(netfs) one on the network.
+      - Kind of pool. V(dir) is a directory, V(fs) a file system on a block device, V(netfs) one on the network, V(logical)
+        a volume group of LVM, V(disk) the partitions of a disk, V(rbd) a pool of Ceph, V(iscsi) the units of an iSCSI target as
+        disks of the host and V(iscsi-direct) the same without the kernel, V(scsi) the disks of an adapter, V(mpath) the
+        multipath devices of the host, V(gluster) a volume of GlusterFS by its library, V(zfs) a pool of ZFS, V(vstorage) a cluster
+        of Virtuozzo.
+      - Which of them there are depends on how libvirt was built. One that it lacks fails with V(NO_SUPPORT).
       - Needed for a pool that does not exist, unless O(xml) states it.
     type: str
-    choices: [dir, fs, netfs]
+    choices: [dir, fs, netfs, logical, disk, rbd, iscsi, iscsi-direct, scsi, mpath, gluster, zfs, vstorage]
   target_path:
     description:
-      - Directory of the pool, or where its file system gets mounted. An absolute path. All types need it.
+      - Directory of the pool, or where its file system gets mounted, or where the nodes of its volumes are. An absolute path.
+      - V(dir), V(fs), V(netfs) and V(vstorage) need it. V(disk) has V(/dev) where nothing is stated, V(iscsi) and V(scsi) have
+        V(/dev/disk/by-path), V(mpath) has V(/dev/mapper). That of V(logical) and V(zfs) follows from O(pool_source.name), and
+        another is refused. V(rbd), V(iscsi-direct) and V(gluster) have none.
       - For V(fs) and V(netfs) a path with a symbolic link in it is refused, because libvirt would not find it among the mounts.
     type: path
     aliases: [path]
   pool_source:
     description:
-      - Where the pool's file system is. The type V(fs) needs O(pool_source.devices), the type V(netfs) needs
-        O(pool_source.hosts) and O(pool_source.dir). What a type has no use for is refused.
+      - Where the pool's storage is. What a type has no use for is refused.
+      - V(fs) and V(disk) need O(pool_source.devices), V(netfs) needs O(pool_source.hosts) and O(pool_source.dir), V(rbd) and
+        V(gluster) need O(pool_source.hosts) and O(pool_source.name), V(iscsi) needs O(pool_source.hosts) and
+        O(pool_source.devices), V(iscsi-direct) O(pool_source.initiator) too, V(scsi) needs O(pool_source.adapter), V(vstorage)
+        needs O(pool_source.name).
+      - V(logical) and V(zfs) can have O(pool_source.name) and O(pool_source.devices).
     type: dict
     suboptions:
       hosts:
-        description: The server. The type V(netfs) takes one.
+        description: The server, or for V(rbd) the monitors, whose order does not matter. All other types take one.
         type: list
         elements: dict
         suboptions:
@@ -75,11 +87,24 @@ options:
             description: Its name or address.
             type: str
             required: true
+          port:
+            description:
+              - Its port. Where it is not stated, a host that the pool has keeps its own, and one that it does not have gets the
+                default of the type. V(netfs) has no use for it, O(xml) takes mount options.
+            type: int
+      name:
+        description:
+          - Name of the volume group, of the pool of Ceph or ZFS, of the volume of GlusterFS. For V(logical) and V(zfs) that
+            of the pool, where it is not stated.
+        type: str
       dir:
         description: Directory that the server exports. For the format V(glusterfs) the name of a volume.
         type: str
       devices:
-        description: The block device. The type V(fs) takes one.
+        description:
+          - The block device, for V(logical) all those of the volume group, for V(iscsi) and V(iscsi-direct) the name of the
+            target.
+          - Another name of the same device, by a symbolic link, is no difference.
         type: list
         elements: path
       format:
@@ -88,7 +113,43 @@ options:
             V(glusterfs) or V(cifs).
           - V(auto), libvirt's default, takes what is there. For a btrfs, which libvirt has no name for, make it beforehand and
             state no format.
+          - For V(logical) it is V(lvm2), for V(disk) the kind of partition table, such as V(gpt) and V(dos).
         type: str
+      initiator:
+        description: IQN that the pool has for an iSCSI server.
+        type: str
+      adapter:
+        description: Name of the SCSI adapter, such as V(host2). A Fibre Channel adapter is stated by O(xml).
+        type: str
+      auth:
+        description: Who the pool is for its server, for the types V(rbd), V(iscsi) and V(iscsi-direct).
+        type: dict
+        suboptions:
+          type:
+            description: For V(rbd) it is V(ceph), for the others V(chap), and so it need not be stated.
+            type: str
+            choices: [ceph, chap]
+          username:
+            description: Name of the user, for Ceph without C(client).
+            type: str
+          secret_uuid:
+            description: UUID of the secret of libvirt that has the password.
+            type: str
+          secret_usage:
+            description:
+              - Usage name of that secret, instead of O(pool_source.auth.secret_uuid).
+              - With a password and neither of them it is C(virtforge:) and the pool's name.
+            type: str
+          password:
+            description:
+              - The password, for Ceph the key as C(ceph auth get-key) prints it. It is kept in the secret, which is made if it
+                does not exist, and set if it has another.
+              - A secret that is made is not private, so that a later run can tell whether it has this password. A connection
+                that may change things can read it, a read-only one not. A private secret, which nobody can compare, is refused.
+              - O(state=absent) removes a secret that was made for the pool, unless another pool or a domain names it.
+              - A pool that is active is not started again for another password.
+              - Secrets need C(qemu:///system) or the like, C(storage:///system) has none.
+            type: str
   xml:
     description:
       - Pool XML as C(virsh pool-define) takes it, and C(virsh pool-dumpxml) prints it. Other parameters win over it.
@@ -110,9 +171,10 @@ options:
     type: bool
   build:
     description:
-      - Make the file system of a pool of the type V(fs), in the format that O(pool_source.format) states, if the device is
-        empty.
-      - A device that has that format is left as it is. One that holds anything else is never formatted. It counts as empty when
+      - Make the file system of a pool of the type V(fs) or the partition table of one of the type V(disk), in the format that
+        O(pool_source.format) states, or the volume group of one of the type V(logical), if all its devices are empty.
+      - A device that has that format, or belongs to that volume group, is left as it is. A volume group is never extended.
+      - A device that holds anything else is never formatted. It counts as empty when
         C(blkid) finds nothing and there are only zeros where it is read. A device of up to 1 GiB is read as a whole, of
         a larger one the first and the last MiB, and 1 MiB at each of 256 places between them, evenly spread.
       - A device that a running domain or any other process has open is not formatted either.
@@ -179,6 +241,26 @@ EXAMPLES = r"""
         <fs:mount_opts><fs:option name='ro'/></fs:mount_opts>
       </pool>
 
+- name: A volume group, made if its devices are empty
+  virtforge.libvirt.storage_pool:
+    name: vms
+    type: logical
+    pool_source:
+      name: vg_vms
+      devices: [/dev/disk/by-id/virtio-vms1, /dev/disk/by-id/virtio-vms2]
+    build: true
+
+- name: A pool of Ceph
+  virtforge.libvirt.storage_pool:
+    name: block
+    type: rbd
+    pool_source:
+      hosts: [{name: mon1.example.com}, {name: mon2.example.com}]
+      name: vms
+      auth:
+        username: libvirt
+        password: "{{ ceph_key }}"
+
 - name: A directory that needs no libvirt
   virtforge.libvirt.storage_pool:
     name: /srv/plain
@@ -197,8 +279,9 @@ EXAMPLES = r"""
 RETURN = r"""
 actions:
   description:
-    - What was done, or would be done, in order. Of C(created) (the directory), C(defined), C(redefined), C(stopped), C(built),
-      C(started), C(permissions), C(autostart), C(undefined) and C(removed) (the directory). Empty when the pool was as stated.
+    - What was done, or would be done, in order. Of C(created) (the directory), C(secret) (made, or its
+      password set), C(defined), C(redefined), C(stopped), C(built), C(started), C(permissions), C(autostart), C(undefined),
+      C(secret_removed) and C(removed) (the directory). Empty when the pool was as stated.
   returned: success
   type: list
   elements: str

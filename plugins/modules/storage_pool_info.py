@@ -115,7 +115,7 @@ pools:
       returned: success
       sample: 53687091200
     source:
-      description: Where it keeps its volumes, with those of C(hosts), C(name), C(dir), C(devices) and C(format) that it has.
+      description: Where it keeps its volumes, as M(virtforge.libvirt.storage_pool) takes it, less passwords.
       type: dict
       returned: success
       sample:
