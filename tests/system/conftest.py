@@ -339,3 +339,20 @@ def tgt(scratch):
     place = scratch / "tgt"
     with served("start-tgt", place, Tgt.port, "64M", "32M"):
         yield Tgt((place / "open1", place / "open2"), place / "chap1")
+
+
+def remove_pools():
+    """All that libvirt has."""
+    for name in filter(None, map(str.strip, harness.virsh("pool-list", "--all", "--name").splitlines())):
+        harness.virsh_status("pool-destroy", name)
+        harness.virsh_status("pool-undefine", name)
+
+
+@pytest.fixture
+def place(request, scratch):
+    """An empty directory to make pools in, which are removed with it."""
+    place = new_directory(scratch)
+    yield place
+    if "libvirtd" in request.fixturenames:
+        remove_pools()
+    shutil.rmtree(place)

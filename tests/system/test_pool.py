@@ -14,28 +14,11 @@ from pathlib import Path
 
 import harness
 import pytest
-from conftest import new_directory
 from harness import MIB, module, result_of, run, start, virsh, virsh_status
 from lxml import etree
 
 POOL = "storage_pool"
 FS = "http://libvirt.org/schemas/storagepool/fs/1.0"
-
-
-@pytest.fixture
-def place(request, scratch):
-    """An empty directory to make pools in, which are removed with it."""
-    place = new_directory(scratch)
-    yield place
-    if "libvirtd" in request.fixturenames:
-        remove_pools()
-    shutil.rmtree(place)
-
-
-def remove_pools():
-    for name in names():
-        virsh_status("pool-destroy", name)
-        virsh_status("pool-undefine", name)
 
 
 def names():

@@ -13,8 +13,9 @@ import subprocess
 
 import harness
 import pytest
+from conftest import remove_pools
 from harness import MIB, module, run, virsh, virsh_status
-from test_pool import POOL, definition, facts, names, place, refused, remove_pools, settle, with_garbage  # noqa: F401
+from test_pool import POOL, definition, facts, names, refused, settle, with_garbage
 
 STOPPED = ("inactive", "yes", "no")
 
@@ -42,7 +43,7 @@ def value_of(usage):
 # --- disk -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_pool_through_its_life(place, device):  # noqa: F811
+def test_a_disk_pool_through_its_life(place, device):
     disk = device(64 * MIB)
     params = {"name": "parts", "type": "disk", "pool_source": {"devices": [disk], "format": "gpt"}}
     result = settle(["defined", "built", "started"], **params, build=True)

@@ -127,7 +127,8 @@ def _zeros_at(fd: int, at: int, end: int, path: str) -> bool:
         piece = os.pread(fd, end - at, at)
         if not piece:
             raise CloneError("IO_ERROR", f"the device {path!r} (pool_source.devices) ends at {at}, before its size")
-        if piece.count(0) < len(piece):
+        # By memcmp(3): counting zeros takes ten times as long.
+        if piece != bytes(len(piece)):
             return False
         at += len(piece)
     return True

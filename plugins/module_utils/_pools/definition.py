@@ -47,7 +47,7 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class PoolType:
-    """What a definition of a type states: ``needs`` and ``may`` are keys of ``pool_source``; it has no others, but ``format``."""
+    """What a definition of a type states: ``needs`` and ``may`` are its keys of ``pool_source``, less ``format``."""
 
     needs: t.Tuple[str, ...] = ()
     may: t.Tuple[str, ...] = ()

@@ -48,7 +48,8 @@ class Forked:
     """A module in a child of the fork server, as far as tests use subprocess.Popen."""
 
     def __init__(self, path, command, environment):
-        self._files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _number in range(2)]
+        # Closed by communicate().
+        self._files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _number in range(2)]  # noqa: SIM115
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
         text = json.dumps({"argv": command, "environment": environment})
@@ -66,7 +67,7 @@ class Forked:
         return self.returncode
 
     def poll(self):
-        return self.returncode if not os.path.exists(f"/proc/{self.pid}") and self.wait() is not None else self.returncode
+        return self.returncode if os.path.exists(f"/proc/{self.pid}") else self.wait()
 
     def communicate(self, timeout=None):
         self.wait(timeout)

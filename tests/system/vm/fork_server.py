@@ -5,8 +5,8 @@
 """usage: fork_server.py SOCKET DRIVER
 
 Runs modules in children of a process that has imported all they need, which takes an emulated processor seconds. For each
-connection: the words of a command and its environment come in, with two open files for its output; its number goes out, and when
-it has ended its status.
+connection: the words of a command and its environment come in, with two open files for its output; its number goes out, and
+when it has ended its status.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 
-import ansible.module_utils.basic  # noqa: F401
+import ansible.module_utils.basic
 import ansible.module_utils.common.respawn  # noqa: F401
 import ansible_collections.virtforge.libvirt.plugins.module_utils as ours
 import libvirt  # noqa: F401

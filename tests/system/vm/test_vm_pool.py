@@ -11,8 +11,9 @@ import os
 
 import harness
 import pytest
+from conftest import remove_pools
 from harness import MIB, module, run, virsh
-from test_pool import POOL, facts, names, place, refused, remove_pools, settle  # noqa: F401
+from test_pool import POOL, names, refused, settle
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def no_pools(libvirtd, device):
 
 
 def test_a_logical_pool_through_its_life(device):
-    disks = [device(), device()]
+    disks = [device(16 * MIB), device(16 * MIB)]
     source = {"name": "vgtest", "devices": disks, "format": "lvm2"}
     params = {"name": "vms", "type": "logical", "pool_source": source, "build": True}
     result = settle(["defined", "built", "started"], **params)
@@ -53,7 +54,7 @@ def test_a_logical_pool_through_its_life(device):
 
 
 def test_a_volume_group_is_never_made_over_data(device):
-    first, second, third = device(), device(), device()
+    first, second, third = device(16 * MIB), device(16 * MIB), device(16 * MIB)
     run("vgcreate", "other", first)
     run("mkfs.ext4", "-q", second)
     before = [harness.data_of(disk) for disk in (first, second, third)]
@@ -76,7 +77,7 @@ def test_a_volume_group_that_does_not_exist():
 # --- NFS ------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_nfs_pool_through_its_life(nfs, place):  # noqa: F811
+def test_an_nfs_pool_through_its_life(nfs, place):
     path = str(place / "mnt")
     source = {"hosts": [{"name": "127.0.0.1"}], "dir": str(nfs), "format": "nfs"}
     params = {"name": "shared", "type": "netfs", "target_path": path, "pool_source": source}
@@ -112,7 +113,7 @@ def test_an_iscsi_pool_through_its_life(initiator):
     settle(["stopped", "undefined", "secret_removed"], name="luns", state="absent")
 
 
-def test_a_scsi_pool_through_its_life(place):  # noqa: F811
+def test_a_scsi_pool_through_its_life(place):
     before = set(os.listdir("/sys/class/scsi_host"))
     run("modprobe", "scsi_debug", "dev_size_mb=16")
     run("udevadm", "settle")
@@ -122,5 +123,4 @@ def test_a_scsi_pool_through_its_life(place):  # noqa: F811
     assert len(virsh("vol-list", "disks").strip().splitlines()) == 1
     settle([], name="disks", pool_source={"adapter": f"scsi_{adapter}"})
     settle(["stopped", "undefined"], name="disks", state="absent")
-    assert facts is not None
     run("modprobe", "-r", "scsi_debug")

@@ -292,8 +292,8 @@ def test_what_cannot_be_built(desired, message):
             Definition("sheepdog", "p", target_path="/dev"),
             {},
             "NO_SUPPORT",
-            "type: pools of the type 'sheepdog' cannot be defined; those are dir, disk, fs, gluster, iscsi, iscsi-direct, logical,"
-            " mpath, netfs, rbd, scsi, vstorage, zfs",
+            "type: pools of the type 'sheepdog' cannot be defined; those are dir, disk, fs, gluster, iscsi, iscsi-direct,"
+            " logical, mpath, netfs, rbd, scsi, vstorage, zfs",
         ),
         (None, Definition("dir", "p"), {}, "INVALID_ARG", "target_path: a pool of the type dir needs it"),
         (
