@@ -11,6 +11,21 @@ import typing as t
 
 from ._errors import CloneError
 
+_Default = t.TypeVar("_Default", float, None)
+
+
+def stated_seconds(params: t.Mapping[str, t.Any], parameter: str, default: _Default) -> t.Union[float, _Default]:
+    """How long a task lets something take.
+
+    :raises CloneError: ``INVALID_ARG`` for less than no time
+    """
+    value = params.get(parameter)
+    if value is None:
+        return default
+    if value < 0:
+        raise CloneError("INVALID_ARG", f"{parameter}: {value} seconds is less than none")
+    return float(value)
+
 
 class Deadline:
     """``seconds`` from now, or never when None. ``parameter`` is the option that set it, for the message."""

@@ -14,6 +14,7 @@ import typing as t
 from dataclasses import dataclass, field
 
 from .. import _units, _xml
+from .._deadline import stated_seconds
 from .._errors import CloneError
 from .._images.probe import FORMATS, Qcow2Features
 from .._names import check_name, check_path, check_pool
@@ -138,8 +139,8 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         mode=_mode(params.get("mode"), xml.mode),
         label={part: params[f"se{part}"] for part in ("user", "role", "type", "level") if params.get(f"se{part}") is not None},
         source_in_use=params.get("source_in_use") or "fail",
-        lock_timeout=t.cast(float, _seconds(params, "lock_timeout", 300.0)),
-        timeout=_seconds(params, "timeout", None),
+        lock_timeout=stated_seconds(params, "lock_timeout", 300.0),
+        timeout=stated_seconds(params, "timeout", None),
         max_capacity=_units.parse_capacity(params.get("max_capacity", "64TiB"), "max_capacity"),
         bwlimit=_bwlimit(params.get("bwlimit")),
         verify=bool(params.get("verify")),
@@ -295,12 +296,3 @@ def _mode(value: t.Union[int, str, None], in_xml: t.Optional[int]) -> t.Optional
     if value is not None:
         return Mode(value)
     return Mode(in_xml) if in_xml is not None else None
-
-
-def _seconds(params: t.Mapping[str, t.Any], parameter: str, default: t.Optional[float]) -> t.Optional[float]:
-    value = params.get(parameter)
-    if value is None:
-        return default
-    if value < 0:
-        raise CloneError("INVALID_ARG", f"{parameter}: {value} seconds is less than none")
-    return float(value)

@@ -13,6 +13,7 @@ import typing as t
 import uuid as uuids
 from dataclasses import asdict, dataclass, field, fields
 
+from .._deadline import stated_seconds
 from .._errors import CloneError
 from .._names import check_path, check_pool, check_readable
 from .._permissions import Mode, group_id, user_id
@@ -90,8 +91,6 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
     stated = _stated(params)
     _check_devices(stated, described)
     mode = params.get("mode")
-    if params.get("lock_timeout") is not None and params["lock_timeout"] < 0:
-        raise CloneError("INVALID_ARG", f"lock_timeout: {params['lock_timeout']} seconds is less than none")
     return Request(
         name=name,
         uri=params.get("uri") or "qemu:///system",
@@ -105,7 +104,7 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         autostart=params.get("autostart"),
         build=bool(params.get("build")),
         password=_password(params),
-        lock_timeout=float(params["lock_timeout"]) if params.get("lock_timeout") is not None else 300.0,
+        lock_timeout=stated_seconds(params, "lock_timeout", 300.0),
     )
 
 

@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from .. import _xml
-from .._deadline import Deadline
+from .._deadline import Deadline, stated_seconds
 from .._errors import CloneError, from_os_error
 from .._names import check_name, check_pool
 from .._pools.directory import kind_of
@@ -95,17 +95,14 @@ def from_parameters(params: t.Mapping[str, t.Any]) -> Removal:
     algorithm = params.get("wipe_algorithm")
     if algorithm is not None and not params.get("wipe"):
         raise CloneError("INVALID_ARG", f"wipe_algorithm: {algorithm} has no meaning without wipe=true")
-    for parameter in ("lock_timeout", "timeout"):
-        if (params.get(parameter) or 0) < 0:
-            raise CloneError("INVALID_ARG", f"{parameter}: {params[parameter]} seconds is less than none")
     return Removal(
         pool=params["pool"],
         name=name,
         uri=params.get("uri") or "qemu:///system",
         wipe=(algorithm or "zero") if params.get("wipe") else None,
         force=bool(params.get("force")),
-        lock_timeout=300.0 if params.get("lock_timeout") is None else float(params["lock_timeout"]),
-        timeout=None if params.get("timeout") is None else float(params["timeout"]),
+        lock_timeout=stated_seconds(params, "lock_timeout", 300.0),
+        timeout=stated_seconds(params, "timeout", None),
     )
 
 
