@@ -87,9 +87,10 @@ class TargetFacts:
     identity: t.Optional[Identity] = None
     #: what stands in the way under that name, when it is no regular file
     obstacle: t.Optional[str] = None
-    uid: int = -1
-    gid: int = -1
-    mode: int = 0
+    #: None for a device: whose node that is, udev decides
+    uid: t.Optional[int] = None
+    gid: t.Optional[int] = None
+    mode: t.Optional[int] = None
     label: t.Optional[str] = None
     #: whether the backing store that the image records is the source
     on_source: bool = False
@@ -563,7 +564,7 @@ def _refuse_in_use(facts: Facts, done: str) -> None:
 
 def _changed_ownership(request: Request, target: TargetFacts) -> t.Optional[Ownership]:
     """The stated values that are not so yet."""
-    mode = None if request.mode is None else request.mode.on(target.mode)
+    mode = None if request.mode is None else request.mode.on(target.mode or 0)
     label = merged_label(target.label, request.label)
     wanted = Ownership(
         request.owner if request.owner != target.uid else None,

@@ -11,7 +11,6 @@ import typing as t
 from dataclasses import replace
 
 from .._errors import CloneError
-from .._permissions import group_name, user_name
 from .._transfer import file_copy
 from .._volumes import entry
 from .planner import Backing, Create, Facts, Plan, SourceFacts, State
@@ -20,26 +19,6 @@ if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene
     from .many import Job
     from .work import Transfer
-
-#: What a result says of a volume, null where there is none.
-_OF_A_VOLUME = (
-    *(
-        "name",
-        "pool",
-        "path",
-        "key",
-        "type",
-        "format",
-        "capacity",
-        "allocation",
-        "physical",
-        "backing",
-        "owner",
-        "group",
-        "mode",
-    ),
-    *("changed", "actions", "transfer", "shared", "fallback_reason", "dropped", "duration", "error_code", "msg"),
-)
 
 
 def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer], duration: float) -> t.Dict[str, t.Any]:
@@ -56,14 +35,19 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
     if on_disk is not None and not scene.check_mode:
         after = replace(after, uid=on_disk.st_uid, gid=on_disk.st_gid, mode=on_disk.st_mode & 0o777)
     volume: t.Dict[str, t.Any] = {
-        "name": facts.name,
-        "pool": facts.pool.name,
-        "path": path,
-        "key": path,
-        "type": "block" if devices else "file",
-        "allocation": on_disk.st_blocks * 512 if on_disk else after.capacity if devices and there else None,
-        "physical": on_disk.st_size if on_disk else after.capacity if devices and there else None,
-        "backing": _backing(after.backing),
+        **entry.describe(
+            facts.pool.name,
+            facts.name,
+            path,
+            block=devices,
+            image_format=after.format,
+            capacity=after.capacity,
+            allocation=on_disk.st_blocks * 512 if on_disk else after.capacity if devices and there else None,
+            physical=on_disk.st_size if on_disk else after.capacity if devices and there else None,
+            backing=_backing(after.backing),
+            owner=(after.uid, after.gid, after.mode),
+            label=after.label,
+        ),
         "changed": bool(actions),
         "actions": actions,
         "transfer": transfer.name if transfer else None,
@@ -73,7 +57,6 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
         "duration": round(duration, 3),
         "error_code": None,
         "msg": None,
-        **_state(after),
     }
     named = {"name": facts.name, "pool": facts.pool.name}
     diff: t.Dict[str, t.Dict[str, t.Any]] = {
@@ -119,9 +102,19 @@ def _single(job: Job) -> t.Dict[str, t.Any]:
     if job.error is None and job.facts is not None and job.plan is not None:
         return build(job.scene, job.facts, job.plan, job.transfer, job.duration)
     error = t.cast(CloneError, job.error)
-    volume = dict.fromkeys(_OF_A_VOLUME)
-    volume.update(name=job.request.name, pool=job.request.pool, type="file", error_code=error.code, msg=error.msg)
-    return {"volume": {**volume, "changed": False, "actions": [], "dropped": [], "duration": round(job.duration, 3)}}
+    volume = {
+        **entry.describe(job.request.pool, t.cast(str, job.request.name), None, block=False),
+        "changed": False,
+        "actions": [],
+        "transfer": None,
+        "shared": None,
+        "fallback_reason": None,
+        "dropped": [],
+        "duration": round(job.duration, 3),
+        "error_code": error.code,
+        "msg": error.msg,
+    }
+    return {"volume": volume}
 
 
 def _source(source: SourceFacts) -> t.Dict[str, t.Any]:
@@ -144,10 +137,7 @@ def _state(state: State) -> t.Dict[str, t.Any]:
     return {
         "format": state.format,
         "capacity": state.capacity,
-        "owner": None if state.uid is None else user_name(state.uid),
-        "group": None if state.gid is None else group_name(state.gid),
-        "mode": None if state.mode is None else f"{state.mode:04o}",
-        **({} if state.label is None else {"secontext": state.label}),
+        **entry.permissions((state.uid, state.gid, state.mode), state.label),
     }
 
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""How a volume on disk is described in what modules return. Sizes are integers in bytes."""
+"""How a volume is described in what modules return. Sizes are integers in bytes."""
 
 from __future__ import annotations
 
@@ -16,32 +16,51 @@ from .. import _permissions
 _user_name = functools.lru_cache(maxsize=None)(_permissions.user_name)
 _group_name = functools.lru_cache(maxsize=None)(_permissions.group_name)
 
+Owner = t.Tuple[t.Optional[int], t.Optional[int], t.Optional[int]]
+
 
 def describe(
     pool: str,
-    path: str,
-    status: os.stat_result,
-    image_format: t.Optional[str],
-    capacity: t.Optional[int],
-    label: t.Optional[str],
-    backing: t.Optional[t.Mapping[str, t.Any]],
+    name: str,
+    path: t.Optional[str],
+    *,
+    block: bool,
+    image_format: t.Optional[str] = None,
+    capacity: t.Optional[int] = None,
+    allocation: t.Optional[int] = None,
+    physical: t.Optional[int] = None,
+    backing: t.Optional[t.Mapping[str, t.Any]] = None,
+    owner: Owner = (None, None, None),
+    label: t.Optional[str] = None,
 ) -> t.Dict[str, t.Any]:
-    """The part that every module returns of a volume. ``backing`` has ``path``, ``format`` and ``depth``."""
-    path = printable(path)
+    """The part that every module returns of a volume; None for what is not known yet.
+
+    :param backing: ``path``, ``format`` and ``depth``
+    :param owner: user, group and mode
+    """
+    path = None if path is None else printable(path)
     return {
-        "name": os.path.basename(path),
+        "name": printable(name),
         "pool": pool,
         "path": path,
         "key": path,
-        "type": "file",
+        "type": "block" if block else "file",
         "format": image_format,
         "capacity": capacity,
-        "allocation": status.st_blocks * 512,
-        "physical": status.st_size,
+        "allocation": allocation,
+        "physical": physical,
         "backing": backing,
-        "owner": _user_name(status.st_uid),
-        "group": _group_name(status.st_gid),
-        "mode": f"{status.st_mode & 0o777:04o}",
+        **permissions(owner, label),
+    }
+
+
+def permissions(owner: Owner, label: t.Optional[str]) -> t.Dict[str, t.Optional[str]]:
+    """Owner, group, mode and SELinux context; None for what there is not, or is not known."""
+    uid, gid, mode = owner
+    return {
+        "owner": None if uid is None else _user_name(uid),
+        "group": None if gid is None else _group_name(gid),
+        "mode": None if mode is None else f"{mode & 0o777:04o}",
         **({} if label is None else {"secontext": label}),
     }
 

@@ -304,10 +304,21 @@ class Inventory:
         if image is not None and image.backing is not None:
             recorded = {"path": entry.printable(image.backing), "format": chain[0]["format"] if chain else image.backing_format}
             backing = {**recorded, "depth": len(chain) if complete else None}
-        capacity = image.capacity if image else None
-        path = volume.pool.path_of(volume.name)
+        status = volume.status
         return {
-            **entry.describe(volume.pool.name, path, volume.status, volume.format, capacity, volume.label, backing),
+            **entry.describe(
+                volume.pool.name,
+                volume.name,
+                volume.path,
+                block=False,
+                image_format=volume.format,
+                capacity=image.capacity if image else None,
+                allocation=status.st_blocks * 512,
+                physical=status.st_size,
+                backing=backing,
+                owner=(status.st_uid, status.st_gid, status.st_mode),
+                label=volume.label,
+            ),
             "error_code": error.code if error else None,
             "msg": error.msg if error else None,
             "backing_chain": chain,
