@@ -201,6 +201,8 @@ from ..module_utils._deadline import Deadline
 from ..module_utils._errors import CloneError
 from ..module_utils._module import Module, respawn_for_pools, run
 from ..module_utils._names import check_name, check_pool
+from ..module_utils._pools.devices import DevicePool
+from ..module_utils._volumes import devices
 from ..module_utils._volumes.inventory import Inventory
 
 ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
@@ -218,12 +220,14 @@ def describe(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.A
     respawn_for_pools([pool], False)
     with closing(Inventory(params["uri"], pool, name, Deadline(None, "timeout"))) as inventory:
         try:
-            inventory.open_pool()
+            found = inventory.open_pool()
         except CloneError as exc:
             if not check_mode or exc.code not in ("NO_STORAGE_POOL", "OPERATION_INVALID"):
                 raise
             warning = f"{exc.msg}; the check run takes it that an earlier task makes it, without volumes"
             return {"changed": False, "volumes": [], "warnings": [warning]}
+        if isinstance(found, DevicePool):
+            return {"changed": False, "volumes": devices.described(found, name)}
         inventory.scan()
         warnings = [f"{why}: none of its volumes is among the dependents" for why in inventory.unseen.values()]
         return {"changed": False, "volumes": inventory.described(), "warnings": warnings}

@@ -30,9 +30,10 @@ from .._pools.directory import DirectoryPool, kind_of
 from .._pools.libvirt import Connection, LibvirtPool
 from .._transfer import device, file_copy, guards, locks, staging
 from .._transfer.pace import Rate
+from .._volumes import devices
 from .._volumes.inventory import Inventory
 from . import planner
-from .planner import Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
+from .planner import Backing, Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
 from .request import Request, made_up_name
 
 #: More images below a source than this are refused.
@@ -432,17 +433,26 @@ class Scene:
         try:
             self.target_fd, _block = _open_image(os.path.realpath(self.target_device.path), what)
         except FileNotFoundError:
-            return TargetFacts()
+            if pool.volume(name) is None:
+                return TargetFacts()
+            raise CloneError("OPERATION_INVALID", f"{what} is not active: there is no {self.target_device.path!r}") from None
         identity = _identity(os.fstat(self.target_fd))
-        capacity = self.target_device.capacity
-        if self.target_device.zero_from is not None:
-            # A run that grew it was killed before what it added was zeroed.
-            capacity = min(capacity, self.target_device.zero_from)
+        capacity = self.target_device.sound
         facts = TargetFacts(Image("raw", capacity), identity)
         if identity == source.identity:
             return facts
         image = probe.read_raw(capacity, (), os.pread(self.target_fd, 8, 0))
-        return replace(facts, image=image, unfinished=device.is_marked(self.target_fd))
+        return replace(
+            facts,
+            image=image,
+            unfinished=device.is_marked(self.target_fd),
+            origin=self._origin(pool, self.target_device),
+            needs_origin=self.target_device.needs is not None,
+        )
+
+    def _origin(self, pool: DevicePool, volume: Device) -> t.Optional[Backing]:
+        below = devices.chain(volume, pool.volumes()) if volume.origin else []
+        return Backing(below[0].path, "raw", len(below)) if below else None
 
     def _below_target(self, image: Image, source: SourceFacts) -> t.Tuple[bool, t.Optional[int]]:
         """Whether the target's backing store is the source, and how many images lie below the target; None if that is not told.
@@ -502,6 +512,8 @@ class Scene:
             "space_missing": lambda: self._space_missing(t.cast(Create, asked.draft)),
             "unshareable": self._unshareable,
             "target_chain": lambda: self._target_chain(t.cast(Image, facts.target.image)),
+            "not_growable": lambda: t.cast(DevicePool, self.pool).cannot_grow(t.cast(Device, self.target_device)),
+            "room": lambda: t.cast(DevicePool, self.pool).room_for(t.cast(Device, self.target_device)),
             "denied": lambda: self._denied(asked.draft),
         }
         if asked.question in _OF_THE_SOURCE:

@@ -80,6 +80,15 @@ class SourceFacts:
 
 
 @dataclass(frozen=True)
+class Backing:
+    """A backing store as an image records it, and how many images lie below that image; None for what is not known."""
+
+    path: str
+    format: t.Optional[str]
+    depth: t.Optional[int] = None
+
+
+@dataclass(frozen=True)
 class TargetFacts:
     """A volume that exists under the target's name; ``image`` is None when there is none. Sizes in bytes."""
 
@@ -98,15 +107,9 @@ class TargetFacts:
     depth: t.Optional[int] = None
     #: whether it carries the mark of a volume that is not whole: nobody's data
     unfinished: bool = False
-
-
-@dataclass(frozen=True)
-class Backing:
-    """A backing store as an image records it, and how many images lie below that image; None for what is not known."""
-
-    path: str
-    format: t.Optional[str]
-    depth: t.Optional[int] = None
+    #: what a device is a snapshot of, and whether it is lost without that
+    origin: t.Optional[Backing] = None
+    needs_origin: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,10 @@ class Facts:
     space_missing: t.Optional[int] = None
     #: why the target cannot share the source's blocks; empty when it may
     unshareable: t.Optional[str] = None
+    #: why the pool does not grow the target, though it grows others; empty when it does
+    not_growable: t.Optional[str] = None
+    #: bytes that the pool has for the target to grow by
+    room: t.Optional[int] = None
     #: why this user may not change the pool; empty when he may
     denied: t.Optional[str] = None
 
@@ -347,6 +354,7 @@ def _refuse_device(request: Request, facts: Facts) -> None:
         "group": request.group,
         "mode": request.mode,
         "seuser, serole, setype, selevel": request.label or None,
+        "qcow2": request.qcow2 or None,
         "qcow2.nocow": request.nocow,
     }
     for parameter, value in stated.items():
@@ -356,7 +364,7 @@ def _refuse_device(request: Request, facts: Facts) -> None:
         raise CloneError("CONFIG_UNSUPPORTED", f"preallocation={request.preallocation} is not possible for {what} a device")
     if request.linked and not able.linked:
         raise CloneError("NO_SUPPORT", f"clone_type=linked is not possible for {what} where there are only full clones")
-    if not able.create and request.compare != "content":
+    if not able.create and not request.blank and request.compare != "content":
         raise CloneError("INVALID_ARG", f"compare: state content for {what} whose volumes exist before anything is cloned")
 
 
@@ -371,6 +379,8 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
         _refuse_in_use(facts, "replaced")
         return _replacement(request, facts)
 
+    if request.flatten and facts.target.needs_origin:
+        raise CloneError("NO_SUPPORT", f"{_what(facts)} is a snapshot, which a pool of type {facts.pool.type} cannot flatten")
     if request.flatten and image.backing is not None:
         return _flattening(request, facts, image)
     before = _state(facts.target, image)
@@ -475,6 +485,7 @@ def _replacement(request: Request, facts: Facts) -> Plan:
     dependents: Dependents = _known(facts, "target_dependents")
     if dependents.names:
         raise CloneError("OPERATION_INVALID", f"{_what(facts)} cannot be replaced: {entry.depend(dependents.names)}")
+    _refuse_shrinking_device(request, facts)
     result = _absent(request, facts, replaces=True)
     if not dependents.untold:
         return result
@@ -542,6 +553,15 @@ def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:
         raise CloneError("NO_SUPPORT", f"{_what(facts)} has {sizes}; a {image.format} volume cannot be grown")
     if not facts.pool.able.grow:
         raise CloneError("NO_SUPPORT", f"{_what(facts)} has {sizes}; a volume of a {facts.pool.type} pool cannot be grown")
+    if facts.pool.able.devices:
+        why = _known(facts, "not_growable")
+        if why:
+            raise CloneError("OPERATION_INVALID", f"{_what(facts)} has {sizes}, and cannot be grown: {why}")
+        missing = wanted - image.capacity - t.cast(int, _known(facts, "room"))
+        if missing > 0:
+            raise CloneError(
+                "NO_SPACE", f"{_what(facts)} has {sizes}; pool {facts.pool.name!r} lacks {format_bytes(missing)} for that"
+            )
     _refuse_preallocation(request.preallocation, image.format)
     _refuse_target_chain(facts, image)
     _refuse_in_use(facts, "grown")
@@ -642,6 +662,14 @@ def _refuse_new_device(facts: Facts) -> None:
         raise CloneError("NO_SUPPORT", f"{_what(facts)} does not exist, and a pool of type {pool.type} cannot make one")
     if pool.next_name not in (None, facts.name):
         raise CloneError("INVALID_ARG", f"name: {_what(facts)} cannot be made: its next volume is {pool.next_name!r}")
+
+
+def _refuse_shrinking_device(request: Request, facts: Facts) -> None:
+    """A device that is filled again keeps its size, and would be larger than stated on each run."""
+    image, wanted = facts.target.image, _stated_capacity(request, facts, "raw")
+    if image and wanted is not None and image.capacity > wanted and facts.pool.able.staging == "mark":
+        sizes = f"{format_bytes(image.capacity)}, asked for is {format_bytes(wanted)}"
+        raise CloneError("NO_SUPPORT", f"{_what(facts)} has {sizes}; a volume of a {facts.pool.type} pool keeps its size")
 
 
 def _refilled(facts: Facts, image: Image, needed: int) -> int:
@@ -877,6 +905,8 @@ def _state(target: TargetFacts, image: t.Optional[Image]) -> State:
     backing = None
     if image is not None and image.backing is not None:
         backing = Backing(image.backing, image.backing_format or "raw", target.depth)
+    elif image is not None:
+        backing = target.origin
     return State(image_format, capacity, target.uid, target.gid, target.mode, target.label, backing)
 
 

@@ -10,12 +10,12 @@ commands: libvirt has no call for the last two, and none that leaves a new one w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
-import stat
 import typing as t
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +25,15 @@ from .._deadline import Deadline
 from .._errors import CloneError
 from .._names import is_staged_name
 from .._transfer import guards, locks
+from .._transfer.device import is_marked
 from . import definition
 from .definition import Definition
-from .libvirt import LibvirtPool, translated
+from .libvirt import LibvirtPool, device_number, translated
 
 # A tag on a logical volume that is being grown: from which byte on it may show what the disk held before.
 _GROWING = "virtforge_zero_from_"
+_ENDLESS = 1 << 62
+_KERNEL = "the kernel, which has it mounted or as part of another device"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ class Device:
     thin_pool: t.Optional[str] = None
     #: from which byte on it still has to be zeroed, after a run that grew it was killed
     zero_from: t.Optional[int] = None
+    #: bytes that it takes of its pool, where those are not its capacity
+    allocation: t.Optional[int] = None
+    #: the volume without which it is lost; a thin snapshot stays whole without its origin
+    needs: t.Optional[str] = None
+
+    @property
+    def sound(self) -> int:
+        """Its capacity, less what was added by a run that was killed before it zeroed that."""
+        return self.capacity if self.zero_from is None else min(self.capacity, self.zero_from)
 
 
 class DevicePool(LibvirtPool):
@@ -81,7 +93,20 @@ class DevicePool(LibvirtPool):
             # libvirt learns of what others make only when it looks again, and a check run may not have it do so.
             return None
         path = _xml.volume_path(document) or os.path.join(self.path, name)
-        return Device(name, path, self._length(path))
+        try:
+            return Device(name, path, self._length(path))
+        except FileNotFoundError:
+            # Nor does it notice by itself that one is gone.
+            return None
+
+    def volumes(self) -> t.List[Device]:
+        """All volumes, by name; those that nobody but us knows of are none."""
+        found = (self.volume(name) for name in sorted(self._names()) if not is_staged_name(name))
+        return [volume for volume in found if volume is not None]
+
+    def _names(self) -> t.List[str]:
+        with translated(f"listing the volumes of pool {self.name!r}"):
+            return t.cast(t.List[str], self._pool.listVolumes())
 
     def _paths(self) -> t.List[str]:
         with translated(f"listing the volumes of pool {self.name!r}"):
@@ -89,9 +114,29 @@ class DevicePool(LibvirtPool):
 
     def _length(self, path: str) -> int:
         """Of the device itself: what libvirt says of some is less than there is (one block, for iSCSI in 9.0)."""
-        fd = os.open(os.path.realpath(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = self._open_device(path)
         try:
             return guards.length(fd)
+        finally:
+            os.close(fd)
+
+    def _open_device(self, path: str) -> int:
+        try:
+            return os.open(os.path.realpath(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except PermissionError as exc:
+            raise CloneError(
+                "OPERATION_DENIED", f"pool {self.name!r}: this user may not open the device {path!r}; use become"
+            ) from exc
+
+    def is_unfinished(self, volume: Device) -> bool:
+        """Whether a volume has its name already, and is not whole."""
+        try:
+            fd = self._open_device(volume.path)
+        except FileNotFoundError:
+            # A logical volume that is not active has no node.
+            return False
+        try:
+            return is_marked(fd)
         finally:
             os.close(fd)
 
@@ -112,11 +157,47 @@ class DevicePool(LibvirtPool):
     def users_of(self, path: str) -> str:
         """Domains that have the device; or the kernel, for a mount, a volume group, a swap area, a device on top of it."""
         domains = self._connection.users_of_device(path)
-        return domains or ("the kernel, which has it mounted or as part of another device" if _claimed(path) else "")
+        return domains or (_KERNEL if _claimed(path) else "")
+
+    def users(self, volumes: t.Sequence[Device]) -> t.Dict[str, t.List[str]]:
+        """The same for many volumes, by name, with the processes that have them open."""
+        numbers = {volume.name: device_number(volume.path) for volume in volumes}
+        processes = guards.openers({(number,) for number in numbers.values() if number is not None})
+        domains = self._connection.domains_by_device()
+        found = {}
+        for volume in volumes:
+            number = numbers[volume.name]
+            users = [] if number is None else [*domains.get(number, ()), *processes.get((number,), ())]
+            found[volume.name] = users or ([_KERNEL] if _claimed(volume.path) else [])
+        return found
 
     def dependents(self, name: str) -> t.List[str]:
-        """Names of the snapshots of a volume."""
-        return []
+        """Names of the volumes that are lost without this one."""
+        return sorted(self.dependents_among(self.volumes()).get(name, ()))
+
+    def dependents_among(self, volumes: t.Sequence[Device]) -> t.Dict[str, t.List[str]]:
+        """The same for each of all volumes that has any."""
+        needed = {volume.name: volume.needs for volume in volumes}
+        found: t.Dict[str, t.List[str]] = {}
+        for name in needed:
+            below, seen = needed[name], {name}
+            while below is not None and below not in seen:
+                found.setdefault(below, []).append(name)
+                seen.add(below)
+                below = needed.get(below)
+        return found
+
+    def cannot_grow(self, volume: Device) -> str:
+        """Why this one cannot be grown, in a pool where others can; empty where it can."""
+        return ""
+
+    def room_for(self, volume: Device) -> int:
+        """Bytes by which it can grow."""
+        return self.available()
+
+    def cannot_wipe(self, volume: Device) -> str:
+        """Why its data cannot be overwritten; empty where it can."""
+        return ""
 
     def make(self, name: str, capacity: int) -> None:
         """Make a volume; nobody has said yet what it reads as."""
@@ -147,10 +228,6 @@ class DiskPool(DevicePool):
 
     def source_devices(self) -> t.Tuple[str, ...]:
         return self.definition().source.devices
-
-    def _names(self) -> t.List[str]:
-        with translated(f"listing the volumes of pool {self.name!r}"):
-            return t.cast(t.List[str], self._pool.listVolumes())
 
     def make(self, name: str, capacity: int) -> None:
         document = _xml.volume_xml(name=name, capacity=capacity, allocation=capacity)
@@ -191,38 +268,43 @@ class LogicalPool(DevicePool):
         return int(self._report("vgs", "vg_free", self.group)[0]["vg_free"])
 
     def volume(self, name: str) -> t.Optional[Device]:
-        return next((device for device in self._devices() if device.name == name), None)
+        return next((one for one in self._devices() if one.name == name), None)
+
+    def volumes(self) -> t.List[Device]:
+        return sorted((one for one in self._devices() if not is_staged_name(one.name)), key=lambda one: one.name)
 
     def _paths(self) -> t.List[str]:
-        return [device.path for device in self._devices()]
+        return [one.path for one in self._devices()]
 
     def _devices(self) -> t.List[Device]:
         """What LVM knows: libvirt learns of what others made only when it looks again."""
-        fields = "lv_name,lv_path,lv_size,lv_attr,origin,pool_lv,lv_tags"
-        found = []
-        for row in self._report("lvs", fields, self.group):
-            # The first attribute tells pools, metadata and the parts of mirrors from what has data of its own (lvs(8)).
-            if row["lv_attr"][0] in "-oOmMrRsSV" and row["lv_path"]:
-                tags = (tag for tag in row["lv_tags"].split(",") if tag.startswith(_GROWING))
-                zero_from = next((int(tag[len(_GROWING) :]) for tag in tags), None)
-                found.append(
-                    Device(
-                        row["lv_name"],
-                        row["lv_path"],
-                        int(row["lv_size"]),
-                        row["origin"] or None,
-                        row["pool_lv"] or None,
-                        zero_from,
-                    )
-                )
-        return found
+        fields = "lv_name,lv_path,lv_size,lv_attr,origin,origin_size,pool_lv,data_percent,lv_tags"
+        rows = self._report("lvs", fields, self.group)
+        thin_pools = {row["lv_name"]: row["pool_lv"] for row in rows}
+        # The first attribute tells pools, metadata and the parts of mirrors from what has data of its own (lvs(8)).
+        return [_logical_volume(row, thin_pools) for row in rows if row["lv_attr"][0] in "-oOmMrRsSV" and row["lv_path"]]
 
     def space_for(self, capacity: int, target: t.Optional[Device]) -> int:
         # The old one is there until the new one is whole.
         return 0 if target is not None and target.thin_pool else capacity
 
-    def dependents(self, name: str) -> t.List[str]:
-        return [device.name for device in self._devices() if device.origin == name]
+    def cannot_grow(self, volume: Device) -> str:
+        if volume.needs and not volume.thin_pool:
+            return "it is a snapshot, and LVM grows only what that may keep of its origin"
+        dependents = self.dependents(volume.name)
+        # "Snapshot origin volumes can be resized only while inactive" (lvextend).
+        return f"LVM does not grow the origin of snapshots ({', '.join(dependents[:3])})" if dependents else ""
+
+    def room_for(self, volume: Device) -> int:
+        # What a run that was killed has added is there already. A thin pool may promise more than it has.
+        return _ENDLESS if volume.thin_pool else self.available() + volume.capacity - volume.sound
+
+    def cannot_wipe(self, volume: Device) -> str:
+        # As libvirt has it (virStorageBackendLogicalVolWipe): what is written there takes new space, until there is none.
+        if volume.thin_pool or volume.origin:
+            return "it is thin or a snapshot, and what is written to it takes space elsewhere"
+        dependents = self.dependents(volume.name)
+        return f"its snapshots ({', '.join(dependents[:3])}) would keep what it held" if dependents else ""
 
     @contextmanager
     def staged(self, capacity: int, like: t.Optional[Device]) -> t.Iterator[Device]:
@@ -279,7 +361,13 @@ class LogicalPool(DevicePool):
         where = f"{self.group}/{device.name}"
         if not device.thin_pool and device.zero_from is None:
             self._lvm(f"growing {where}", "lvchange", "-q", "--addtag", f"{_GROWING}{device.capacity}", where)
-        self._lvm(f"growing {where}", "lvextend", "-q", "-L", f"{capacity}b", where)
+        try:
+            self._lvm(f"growing {where}", "lvextend", "-q", "-L", f"{capacity}b", where)
+        except CloneError:
+            # It is as large as before. Left behind, the tag would have us zero what others add to it later.
+            if not device.thin_pool and device.zero_from is None:
+                self._lvm(f"growing {where}", "lvchange", "-q", "--deltag", f"{_GROWING}{device.capacity}", where)
+            raise
 
     def zeroed(self, device: Device) -> None:
         if device.zero_from is not None:
@@ -317,6 +405,25 @@ class LogicalPool(DevicePool):
         return out
 
 
+def _logical_volume(row: t.Mapping[str, str], thin_pools: t.Mapping[str, str]) -> Device:
+    """What a line of lvs says.
+
+    :param thin_pools: of every volume of the group, by name
+    """
+    size, origin, thin_pool = int(row["lv_size"]), row["origin"] or None, row["pool_lv"] or None
+    tags = (tag for tag in row["lv_tags"].split(",") if tag.startswith(_GROWING))
+    capacity, allocation, needs = size, size, None
+    if thin_pool:
+        allocation = int(size * float(row["data_percent"] or 0) / 100)
+        # A thin snapshot has its own reference to each block. A volume from outside the thin pool is read where it is.
+        needs = origin if thin_pools.get(origin or "", thin_pool) != thin_pool else None
+    elif origin:
+        # The size of another snapshot is that of what changed since.
+        capacity, needs = int(row["origin_size"] or size), origin
+    zero_from = next((int(tag[len(_GROWING) :]) for tag in tags), None)
+    return Device(row["lv_name"], row["lv_path"], capacity, origin, thin_pool, zero_from, allocation, needs)
+
+
 class LunPool(DevicePool):
     """LUNs that exist: nothing is made, grown or deleted there."""
 
@@ -324,9 +431,9 @@ class LunPool(DevicePool):
 def _claimed(path: str) -> bool:
     """Whether the kernel has given the device to somebody who asked for it alone."""
     try:
-        os.close(os.open(os.path.realpath(path), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError:
-        return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
+        os.close(os.open(os.path.realpath(path), os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as exc:
+        return exc.errno == errno.EBUSY
     return False
 
 

@@ -223,13 +223,16 @@ class Connection:
 
     def users_of_device(self, path: str) -> str:
         """Running domains that have a disk on a block device, by whatever node."""
-        wanted = os.stat(path).st_rdev
-        found = [
-            f"domain {name!r}"
-            for name, document in self._running_domains()
-            if any(_device_number(disk) == wanted for disk in _xml.domain_disks(document))
-        ]
-        return ", ".join(found[:3])
+        return ", ".join(self.domains_by_device().get(os.stat(path).st_rdev, [])[:3])
+
+    def domains_by_device(self) -> t.Dict[int, t.List[str]]:
+        """Running domains by the numbers of the block devices that they have a disk on."""
+        found: t.Dict[int, t.List[str]] = {}
+        for name, document in self._running_domains():
+            used = map(device_number, _xml.domain_disks(document))
+            for number in {number for number in used if number is not None}:
+                found.setdefault(number, []).append(f"domain {name!r}")
+        return found
 
     def _running_domains(self) -> t.Iterator[t.Tuple[str, str]]:
         """Name and document of each."""
@@ -262,7 +265,8 @@ def _identity(path: str) -> t.Optional[t.Tuple[int, int]]:
     return status.st_dev, status.st_ino
 
 
-def _device_number(path: str) -> t.Optional[int]:
+def device_number(path: str) -> t.Optional[int]:
+    """Of a block device, None for anything else."""
     try:
         status = os.stat(path)
     except OSError:

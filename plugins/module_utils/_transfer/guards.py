@@ -189,12 +189,14 @@ def _lease_free(fd: int, kind: int) -> t.Optional[bool]:
     return True
 
 
-def openers(files: t.AbstractSet[t.Tuple[int, int]]) -> t.Dict[t.Tuple[int, int], t.List[str]]:
-    """Other processes that have any of the files (device and inode) open, as far as this user may see them.
+def openers(files: t.AbstractSet[t.Tuple[int, ...]]) -> t.Dict[t.Tuple[int, ...], t.List[str]]:
+    """Other processes that have any of the files open, as far as this user may see them.
 
     One pass over /proc for all of them: that is most of what :func:`users` costs.
+
+    :param files: device and inode of a file, the device number alone of a block device
     """
-    found: t.Dict[t.Tuple[int, int], t.List[str]] = {}
+    found: t.Dict[t.Tuple[int, ...], t.List[str]] = {}
     for pid, numbers in _descriptors():
         opened = set()
         for number in numbers:
@@ -202,7 +204,7 @@ def openers(files: t.AbstractSet[t.Tuple[int, int]]) -> t.Dict[t.Tuple[int, int]
                 status = os.stat(f"/proc/{pid}/fd/{number}")
             except OSError:
                 continue
-            opened.add((status.st_dev, status.st_ino))
+            opened.add(_identity(status))
         for identity in opened & files:
             found.setdefault(identity, []).append(f"{_command(pid)} (pid {pid})")
     return found
@@ -215,14 +217,16 @@ def held_by_qemu(fd: int) -> bool:
 
 def _who(fd: int, writing: bool) -> str:
     """Processes that have the same file or device open, as far as this user may see them."""
-    status = os.fstat(fd)
-    block = stat.S_ISBLK(status.st_mode)
-    wanted = (status.st_rdev,) if block else (status.st_dev, status.st_ino)
+    wanted = _identity(os.fstat(fd))
     found = []
     for pid, numbers in _descriptors():
-        if any(_has_open(pid, number, wanted, block, writing) for number in numbers):
+        if any(_has_open(pid, number, wanted, writing) for number in numbers):
             found.append(f"{_command(pid)} (pid {pid})")
     return ", ".join(found[:3])
+
+
+def _identity(status: os.stat_result) -> t.Tuple[int, ...]:
+    return (status.st_rdev,) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def _descriptors() -> t.Iterator[t.Tuple[str, t.List[str]]]:
@@ -236,10 +240,9 @@ def _descriptors() -> t.Iterator[t.Tuple[str, t.List[str]]]:
             continue
 
 
-def _has_open(pid: str, number: str, wanted: t.Tuple[int, ...], block: bool, writing: bool) -> bool:
+def _has_open(pid: str, number: str, wanted: t.Tuple[int, ...], writing: bool) -> bool:
     try:
-        status = os.stat(f"/proc/{pid}/fd/{number}")
-        if ((status.st_rdev,) if block else (status.st_dev, status.st_ino)) != wanted or stat.S_ISBLK(status.st_mode) != block:
+        if _identity(os.stat(f"/proc/{pid}/fd/{number}")) != wanted:
             return False
         if not writing:
             return True

@@ -2,9 +2,10 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Overwriting a file before it is deleted, by libvirt's algorithms (``virStorageBackendVolWipeLocalFile`` in storage_util.c).
+"""Overwriting a file or block device before it is deleted, by libvirt's algorithms (``virStorageBackendVolWipeLocalFile`` in
+storage_util.c).
 
-Promise: when :func:`wipe` returns, every block that the file had reads as the algorithm leaves it, and is so on disk; what
+Promise: when :func:`wipe` returns, every block that it had reads as the algorithm leaves it, and is so on disk; what
 :func:`kept` speaks of is the exception.
 """
 
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import stat
+import struct
 import typing as t
 
 from .. import _process
@@ -23,6 +27,7 @@ ALGORITHMS = ("zero", "nnsa", "dod", "bsi", "gutmann", "schneier", "pfitzner7", 
 
 # File systems by statfs(2) that write elsewhere instead of overwriting: btrfs, ZFS, bcachefs, F2FS, NILFS2.
 _LOG_STRUCTURED = (0x9123683E, 0x2FC12FC1, 0xCA451A4E, 0xF2F52010, 0x3434)
+_BLKDISCARD = 0x1277  # _IO(0x12, 119), linux/fs.h
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
@@ -55,12 +60,18 @@ def holes(fd: int) -> int:
 
 
 def wipe(fd: int, algorithm: str, what: str, watch: t.Callable[[], None]) -> None:
-    """Overwrite all of a file that is open for writing.
+    """Overwrite all of a file or block device that is open for writing.
 
     :param watch: called between chunks; what it raises ends the wiping
-    :raises CloneError: ``NO_SUPPORT`` where the file system cannot trim
+    :raises CloneError: ``NO_SUPPORT`` where the file system or device cannot trim
     """
-    if algorithm == "zero":
+    block = stat.S_ISBLK(os.fstat(fd).st_mode)
+    if algorithm == "zero" and block:
+        # Not by a call that may have the device forget the blocks instead: they are to be overwritten.
+        file_copy.write_zeros(fd, 0, guards.length(fd), watch)
+    elif algorithm == "trim" and block:
+        _discard(fd, what)
+    elif algorithm == "zero":
         for begin, end in _extents(fd):
             file_copy.write_zeros(fd, begin, end, watch)
     elif algorithm == "trim":
@@ -95,11 +106,24 @@ def _punch(fd: int, size: int, what: str) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def _discard(fd: int, what: str) -> None:
+    try:
+        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("=QQ", 0, guards.length(fd)))
+    except OSError as exc:
+        if exc.errno in (errno.EOPNOTSUPP, errno.ENOTTY):
+            raise CloneError("NO_SUPPORT", f"{what} cannot be wiped by wipe_algorithm=trim: its device cannot trim") from exc
+        raise
+
+
 def _scrub(fd: int, algorithm: str, what: str, watch: t.Callable[[], None]) -> None:
+    target = f"/proc/self/fd/{fd}"
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        # By a link it takes a device for an empty file, and succeeds (scrub 2.6).
+        target = os.readlink(target)
     # As libvirt does; -f also goes on with a file that bears the signature of a scrub that was killed.
-    command = [scrub_program(algorithm), "-f", "-p", algorithm, f"/proc/self/fd/{fd}"]
+    command = [scrub_program(algorithm), "-f", "-p", algorithm, target]
     status, _out, err = _process.run(command, [fd], watch)
-    if status != 0:
-        why = err.strip().splitlines()[-1].replace(f"/proc/self/fd/{fd}", what) if err.strip() else f"exit status {status}"
+    if status != 0 or ("is zero length" in err and guards.length(fd)):
+        why = err.strip().splitlines()[-1].replace(target, what) if err.strip() else f"exit status {status}"
         code = "NO_SPACE" if "No space left" in why or "quota exceeded" in why else "IO_ERROR"
         raise CloneError(code, f"wiping {what} failed: {why}")

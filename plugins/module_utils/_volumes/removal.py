@@ -21,11 +21,13 @@ from .. import _xml
 from .._deadline import Deadline, stated_seconds
 from .._errors import CloneError, from_os_error
 from .._names import check_name, check_pool
+from .._pools import capabilities
+from .._pools.devices import Device, DevicePool
 from .._pools.directory import kind_of
 from .._pools.libvirt import LibvirtPool
 from .._transfer import guards, locks, wipe
 from .._units import format_bytes
-from . import entry
+from . import devices, entry
 from .inventory import Inventory, open_volume
 
 # Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment.
@@ -70,6 +72,12 @@ class Facts:
     kept: str = ""
     #: bytes that the pool lacks for wiping
     space_missing: int = 0
+    #: why it cannot be deleted, whatever is asked for
+    fixed: str = ""
+    #: why it cannot be wiped
+    not_wipeable: str = ""
+    #: whether its pool deletes the dependents too
+    deleted_along: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,14 +126,17 @@ def plan(request: Removal, facts: Facts) -> Plan:
         raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: its name is taken by {facts.obstacle}")
     if facts.volume is None:
         return Plan()
+    if facts.fixed:
+        raise CloneError("NO_SUPPORT", f"{what} cannot be deleted: {facts.fixed}")
     if facts.denied:
         raise CloneError("OPERATION_DENIED", facts.denied)
     warnings = []
     if facts.dependents:
         depend = entry.depend(facts.dependents)
         if not request.force:
-            raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: {depend}; force=true deletes it all the same")
-        warnings.append(f"{what} is deleted although {depend}")
+            forced = "deletes those too" if facts.deleted_along else "deletes it all the same"
+            raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: {depend}; force=true {forced}")
+        warnings.append(f"{what} is deleted although {depend}" + ("; those are deleted too" if facts.deleted_along else ""))
     cannot_tell = f"whether anything depends on {what} cannot be told of"
     if facts.untold:
         if not request.force:
@@ -146,6 +157,8 @@ def plan(request: Removal, facts: Facts) -> Plan:
 
 
 def _refuse_wiping(request: Removal, facts: Facts, what: str) -> None:
+    if facts.not_wipeable:
+        raise CloneError("NO_SUPPORT", f"{what} cannot be wiped: {facts.not_wipeable}")
     if facts.links > 1:
         raise CloneError(
             "OPERATION_INVALID",
@@ -167,33 +180,57 @@ def run(request: Removal, check_mode: bool) -> t.Dict[str, t.Any]:
 
     :raises CloneError: on refusal or failure
     """
-    with closing(_Scene(request, check_mode)) as scene:
-        facts, todo = Facts(), None
-        try:
-            facts = scene.look(patiently=False)
-            todo = plan(request, facts)
-        except CloneError as exc:
-            # Whoever has it open may be another run, which is waited for under the lock; then all is judged again.
-            if check_mode or exc.code != "IN_USE":
-                raise
-        if todo is None or (todo.actions and not check_mode):
-            facts, todo = _change(scene)
-        if not check_mode:
-            scene.refresh()
-        return _result(facts, todo)
+    deadline = Deadline(request.timeout, "timeout")
+    with closing(Inventory(request.uri, request.pool, request.name, deadline)) as inventory:
+        facts = _open_pool(inventory, check_mode)
+        if facts is not None:
+            return _result(facts, plan(request, facts))
+        kind = _Device if isinstance(inventory.pool, DevicePool) else _File
+        with closing(kind(request, inventory, deadline)) as scene:
+            return _result(*_remove(scene, check_mode))
+
+
+def _open_pool(inventory: Inventory, check_mode: bool) -> t.Optional[Facts]:
+    """Facts where the pool is not there to be opened."""
+    try:
+        inventory.open_pool()
+    except CloneError as exc:
+        if exc.code == "NO_STORAGE_POOL":
+            # Nothing is in it; so a second teardown has nothing to do.
+            return Facts()
+        if check_mode and exc.code == "OPERATION_INVALID":
+            return Facts(missing=exc.msg)
+        raise
+    return None
+
+
+def _remove(scene: _Scene, check_mode: bool) -> t.Tuple[Facts, Plan]:
+    facts, todo = Facts(), None
+    try:
+        facts = scene.look(patiently=False)
+        todo = plan(scene.request, facts)
+    except CloneError as exc:
+        # Whoever has it open may be another run, which is waited for under the lock; then all is judged again.
+        if check_mode or exc.code != "IN_USE":
+            raise
+    if todo is None or (todo.actions and not check_mode):
+        facts, todo = _change(scene)
+    if not check_mode:
+        scene.refresh()
+    return facts, todo
 
 
 def _change(scene: _Scene) -> t.Tuple[Facts, Plan]:
     request = scene.request
     what = f"volume {request.name!r} of pool {request.pool!r}"
-    scene.close_file()
-    target = locks.key(os.fstat(scene.inventory.pool.fd), request.name)
+    scene.close()
+    target = scene.inventory.pool.lock_key(request.name)
     waiting = scene.deadline.sooner(request.lock_timeout, "lock_timeout")
     with locks.Locks([], [target], waiting, f"waiting for another run to finish {what}"):
         # What another run did while we waited for the lock counts.
         facts = scene.look(patiently=True)
         todo = plan(request, facts)
-        for action, doing, carry_out in (("wiped", "wiping", scene.wipe), ("deleted", "deleting", scene.unlink)):
+        for action, doing, carry_out in (("wiped", "wiping", scene.wipe), ("deleted", "deleting", scene.delete)):
             if action in todo.actions:
                 try:
                     carry_out(what)
@@ -205,41 +242,64 @@ def _change(scene: _Scene) -> t.Tuple[Facts, Plan]:
 class _Scene:
     """The volume, its pool, and all that may depend on it."""
 
-    def __init__(self, request: Removal, check_mode: bool) -> None:
+    def __init__(self, request: Removal, inventory: Inventory, deadline: Deadline) -> None:
         self.request = request
-        self.check_mode = check_mode
+        self.inventory = inventory
         #: when the whole task has to be over
-        self.deadline = Deadline(request.timeout, "timeout")
-        self.inventory = Inventory(request.uri, request.pool, request.name, self.deadline)
-        self._open = False
-        self._fd = -1
+        self.deadline = deadline
 
     def close(self) -> None:
-        self.close_file()
-        self.inventory.close()
+        """Let go of what :meth:`look` has opened."""
 
-    def close_file(self) -> None:
+    def look(self, patiently: bool) -> Facts:
+        """All that the plan needs.
+
+        ``patiently`` is for who holds the lock: others would only keep him waiting, with the volume open.
+        """
+        raise NotImplementedError
+
+    def wipe(self, what: str) -> None:
+        """Under its name: who finds it so after a kill knows what is left to do."""
+        raise NotImplementedError
+
+    def delete(self, what: str) -> None:
+        raise NotImplementedError
+
+    def _is_there(self) -> bool:
+        raise NotImplementedError
+
+    def _overwrite(self, fd: int, what: str) -> None:
+        wipe.wipe(fd, t.cast(str, self.request.wipe), what, lambda: self.deadline.check(f"wiping {what}"))
+
+    def refresh(self) -> None:
+        """Have libvirt forget a volume that is gone, whoever deleted it."""
+        pool = self.inventory.pool
+        if isinstance(pool, LibvirtPool) and not self._is_there() and pool.lists(self.request.name):
+            pool.refresh(self.deadline.sooner(self.request.lock_timeout, "lock_timeout"))
+
+
+def _patiently(users: t.Callable[[], str], patiently: bool) -> str:
+    """Who uses a volume. ``patiently``: somebody who lets go of it within a moment does not count."""
+    end = time.monotonic() + _MOMENT
+    who = users()
+    while who and patiently and time.monotonic() < end:
+        time.sleep(0.05)
+        who = users()
+    return who
+
+
+class _File(_Scene):
+    """What was judged stays open, and is what is deleted."""
+
+    _fd = -1
+
+    def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def look(self, patiently: bool) -> Facts:
-        """All that the plan needs. The volume stays open: what was judged is what is deleted.
-
-        ``patiently`` is for who holds the lock: others would only keep him waiting, with the volume open.
-        """
-        self.close_file()
-        if not self._open:
-            try:
-                self.inventory.open_pool()
-                self._open = True
-            except CloneError as exc:
-                if exc.code == "NO_STORAGE_POOL":
-                    # Nothing is in it; so a second teardown has nothing to do.
-                    return Facts()
-                if self.check_mode and exc.code == "OPERATION_INVALID":
-                    return Facts(missing=exc.msg)
-                raise
+        self.close()
         name, pool = self.request.name, self.inventory.pool
         status = pool.lstat(name)
         if status is None:
@@ -296,12 +356,8 @@ class _Scene:
         return denied
 
     def _users(self, patiently: bool) -> str:
-        """Who uses the open volume. ``patiently``: somebody who lets go of it within a moment does not count."""
-        end = time.monotonic() + _MOMENT
-        who = guards.users(self._fd)
-        while who and patiently and time.monotonic() < end:
-            time.sleep(0.05)
-            who = guards.users(self._fd)
+        """Who uses the open volume."""
+        who = _patiently(lambda: guards.users(self._fd), patiently)
         # By its name, another run could have deleted it by now.
         return who or self.inventory.pool.users_of(f"/proc/self/fd/{self._fd}")
 
@@ -319,30 +375,90 @@ class _Scene:
             raise CloneError("IN_USE", f"{what} cannot be {doing}: it is open by {users}")
 
     def wipe(self, what: str) -> None:
-        """Under its name: who finds it so after a kill knows what is left to do."""
         guards.claim(self._fd)
         self._refuse_change(what, "wiped")
         fd = open_volume(self.inventory.pool, self.request.name, os.O_RDWR)
         try:
             if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
                 raise CloneError("IN_USE", f"{what} cannot be wiped: another file has its name by now, or none")
-            wipe.wipe(fd, t.cast(str, self.request.wipe), what, lambda: self.deadline.check(f"wiping {what}"))
+            self._overwrite(fd, what)
         finally:
             os.close(fd)
 
-    def unlink(self, what: str) -> None:
+    def delete(self, what: str) -> None:
         directory = self.inventory.pool.fd
         self._refuse_change(what, "deleted")
         os.unlink(self.request.name, dir_fd=directory)
         os.fsync(directory)
 
-    def refresh(self) -> None:
-        """Have libvirt forget a volume that is gone, whoever deleted it."""
-        if not self._open:
-            return
-        name, pool = self.request.name, self.inventory.pool
-        if isinstance(pool, LibvirtPool) and pool.lstat(name) is None and pool.lists(name):
-            pool.refresh(self.deadline.sooner(self.request.lock_timeout, "lock_timeout"))
+    def _is_there(self) -> bool:
+        return self.inventory.pool.lstat(self.request.name) is not None
+
+
+class _Device(_Scene):
+    """A volume of a pool whose volumes are devices."""
+
+    @property
+    def pool(self) -> DevicePool:
+        return t.cast(DevicePool, self.inventory.pool)
+
+    def look(self, patiently: bool) -> Facts:
+        pool, name = self.pool, self.request.name
+        volumes = {volume.name: volume for volume in pool.volumes()}
+        volume = volumes.get(name)
+        if volume is None:
+            return Facts()
+        if not capabilities.of(pool.type).delete:
+            return Facts(volume={}, fixed=f"a pool of type {pool.type} cannot delete one")
+        denied = pool.denied() or pool.cannot_write()
+        if denied:
+            return Facts(volume={}, denied=denied)
+        if self.request.wipe is not None:
+            wipe.scrub_program(self.request.wipe)
+        dependents = pool.dependents(name)
+        return Facts(
+            volume=devices.describe(pool, volume, list(volumes.values())),
+            dependents=tuple(dependents),
+            deleted_along=True,
+            users=self._users([volumes[one] for one in (name, *dependents) if one in volumes], patiently),
+            not_wipeable=pool.cannot_wipe(volume) if self.request.wipe is not None else "",
+        )
+
+    def _users(self, volumes: t.Sequence[Device], patiently: bool) -> str:
+        """Who uses the volume, or one that is deleted with it."""
+
+        def users() -> str:
+            found = self.pool.users(volumes)
+            return entry.first(
+                [who if name == self.request.name else f"{who} (as {name!r})" for name, some in found.items() for who in some]
+            )
+
+        return _patiently(users, patiently)
+
+    def _refuse_change(self, what: str, doing: str) -> Device:
+        """The last look."""
+        volume = self.pool.volume(self.request.name)
+        if volume is None:
+            raise CloneError("IN_USE", f"{what} cannot be {doing}: it is gone by now")
+        users = self._users([volume], patiently=True)
+        if users:
+            raise CloneError("IN_USE", f"{what} cannot be {doing}: it is open by {users}")
+        return volume
+
+    def wipe(self, what: str) -> None:
+        volume = self._refuse_change(what, "wiped")
+        fd = os.open(os.path.realpath(volume.path), os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._overwrite(fd, what)
+        finally:
+            os.close(fd)
+
+    def delete(self, what: str) -> None:
+        self._refuse_change(what, "deleted")
+        self.pool.remove(self.request.name)
+
+    def _is_there(self) -> bool:
+        return self.pool.volume(self.request.name) is not None
 
 
 def _result(facts: Facts, todo: Plan) -> t.Dict[str, t.Any]:
