@@ -30,7 +30,6 @@ from .._pools.directory import DirectoryPool, kind_of
 from .._pools.libvirt import Connection, LibvirtPool
 from .._transfer import device, file_copy, guards, locks, staging
 from .._transfer.pace import Rate
-from .._volumes import devices
 from .._volumes.inventory import Inventory
 from . import planner
 from .planner import Backing, Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
@@ -451,7 +450,7 @@ class Scene:
         )
 
     def _origin(self, pool: DevicePool, volume: Device) -> t.Optional[Backing]:
-        below = devices.chain(volume, pool.volumes()) if volume.origin else []
+        below = pool.below(volume, pool.volumes()) if volume.origin else []
         return Backing(below[0].path, "raw", len(below)) if below else None
 
     def _below_target(self, image: Image, source: SourceFacts) -> t.Tuple[bool, t.Optional[int]]:

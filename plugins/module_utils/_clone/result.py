@@ -39,7 +39,7 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
             facts.pool.name,
             facts.name,
             path,
-            block=devices,
+            kind="block" if devices else "file",
             image_format=after.format,
             capacity=after.capacity,
             allocation=on_disk.st_blocks * 512 if on_disk else after.capacity if devices and there else None,
@@ -103,7 +103,7 @@ def _single(job: Job) -> t.Dict[str, t.Any]:
         return build(job.scene, job.facts, job.plan, job.transfer, job.duration)
     error = t.cast(CloneError, job.error)
     volume = {
-        **entry.describe(job.request.pool, t.cast(str, job.request.name), None, block=False),
+        **entry.describe(job.request.pool, t.cast(str, job.request.name), None),
         "changed": False,
         "actions": [],
         "transfer": None,

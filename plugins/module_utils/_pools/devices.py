@@ -49,7 +49,7 @@ class Device:
     #: from which byte on it still has to be zeroed, after a run that grew it was killed
     zero_from: t.Optional[int] = None
     #: bytes that it takes of its pool, where those are not its capacity
-    allocation: t.Optional[int] = None
+    allocated: t.Optional[int] = None
     #: the volume without which it is lost; a thin snapshot stays whole without its origin
     needs: t.Optional[str] = None
 
@@ -66,6 +66,8 @@ class DevicePool(LibvirtPool):
     granularity = 512
     #: what libvirt calls the type of its volumes
     volume_type = "block"
+    #: whether volumes that are lost without another are deleted with it
+    removes_dependents = False
 
     def open(self) -> int:
         """There is nothing to open."""
@@ -159,7 +161,7 @@ class DevicePool(LibvirtPool):
         domains = self._connection.users_of_device(path)
         return domains or (_KERNEL if _claimed(path) else "")
 
-    def users(self, volumes: t.Sequence[Device]) -> t.Dict[str, t.List[str]]:
+    def users_by_name(self, volumes: t.Sequence[Device]) -> t.Dict[str, t.List[str]]:
         """The same for many volumes, by name, with the processes that have them open."""
         numbers = {volume.name: device_number(volume.path) for volume in volumes}
         processes = guards.openers({(number,) for number in numbers.values() if number is not None})
@@ -169,6 +171,21 @@ class DevicePool(LibvirtPool):
             number = numbers[volume.name]
             users = [] if number is None else [*domains.get(number, ()), *processes.get((number,), ())]
             found[volume.name] = users or ([_KERNEL] if _claimed(volume.path) else [])
+        return found
+
+    def allocation(self, volume: Device) -> int:
+        return volume.capacity if volume.allocated is None else volume.allocated
+
+    def below(self, volume: Device, volumes: t.Sequence[Device]) -> t.List[Device]:
+        """What the volume is a snapshot of, what that is one of, and so on.
+
+        :param volumes: all of the pool
+        """
+        by_name = {one.name: one for one in volumes}
+        found: t.List[Device] = []
+        while volume.origin in by_name and by_name[volume.origin] not in found:
+            volume = by_name[volume.origin]
+            found.append(volume)
         return found
 
     def dependents(self, name: str) -> t.List[str]:
@@ -197,7 +214,7 @@ class DevicePool(LibvirtPool):
 
     def cannot_wipe(self, volume: Device) -> str:
         """Why its data cannot be overwritten; empty where it can."""
-        return ""
+        return "" if self.volume_type == "block" else "it is no device of this host"
 
     def make(self, name: str, capacity: int) -> None:
         """Make a volume; nobody has said yet what it reads as."""
@@ -254,6 +271,8 @@ class DiskPool(DevicePool):
 
 class LogicalPool(DevicePool):
     """A volume group of LVM."""
+
+    removes_dependents = True
 
     @property
     def group(self) -> str:

@@ -16,7 +16,7 @@ def described(pool: DevicePool, name: t.Optional[str]) -> t.List[t.Dict[str, t.A
     """What ``storage_volume_info`` returns of the volume of that name, or of all for None."""
     volumes = pool.volumes()
     asked_for = [volume for volume in volumes if name in (None, volume.name)]
-    dependents, users = pool.dependents_among(volumes), pool.users(asked_for)
+    dependents, users = pool.dependents_among(volumes), pool.users_by_name(asked_for)
     return [
         {
             **describe(pool, volume, volumes),
@@ -32,7 +32,7 @@ def describe(pool: DevicePool, volume: Device, volumes: t.Sequence[Device]) -> t
 
     :param volumes: all of the pool
     """
-    below = chain(volume, volumes)
+    below = pool.below(volume, volumes)
     unfinished = pool.is_unfinished(volume)
     why = f"volume {volume.name!r} of pool {pool.name!r} is not finished: the run that made it was killed"
     return {
@@ -40,10 +40,10 @@ def describe(pool: DevicePool, volume: Device, volumes: t.Sequence[Device]) -> t
             pool.name,
             volume.name,
             volume.path,
-            block=pool.volume_type == "block",
+            kind=pool.volume_type,
             image_format="raw",
             capacity=volume.sound,
-            allocation=volume.capacity if volume.allocation is None else volume.allocation,
+            allocation=pool.allocation(volume),
             physical=volume.capacity,
             backing={"path": below[0].path, "format": "raw", "depth": len(below)} if below else None,
         ),
@@ -51,13 +51,3 @@ def describe(pool: DevicePool, volume: Device, volumes: t.Sequence[Device]) -> t
         "msg": why if unfinished else None,
         "backing_chain": [{"path": one.path, "format": "raw"} for one in below],
     }
-
-
-def chain(volume: Device, volumes: t.Sequence[Device]) -> t.List[Device]:
-    """What the volume is a snapshot of, what that is one of, and so on."""
-    by_name = {one.name: one for one in volumes}
-    below: t.List[Device] = []
-    while volume.origin in by_name and by_name[volume.origin] not in below:
-        volume = by_name[volume.origin]
-        below.append(volume)
-    return below

@@ -24,7 +24,7 @@ def describe(
     name: str,
     path: t.Optional[str],
     *,
-    block: bool,
+    kind: str = "file",
     image_format: t.Optional[str] = None,
     capacity: t.Optional[int] = None,
     allocation: t.Optional[int] = None,
@@ -35,6 +35,7 @@ def describe(
 ) -> t.Dict[str, t.Any]:
     """The part that every module returns of a volume; None for what is not known yet.
 
+    :param kind: libvirt's type of it
     :param backing: ``path``, ``format`` and ``depth``
     :param owner: user, group and mode
     """
@@ -44,7 +45,7 @@ def describe(
         "pool": pool,
         "path": path,
         "key": path,
-        "type": "block" if block else "file",
+        "type": kind,
         "format": image_format,
         "capacity": capacity,
         "allocation": allocation,

@@ -310,7 +310,6 @@ class Inventory:
                 volume.pool.name,
                 volume.name,
                 volume.path,
-                block=False,
                 image_format=volume.format,
                 capacity=image.capacity if image else None,
                 allocation=status.st_blocks * 512,

@@ -419,7 +419,7 @@ class _Device(_Scene):
         return Facts(
             volume=devices.describe(pool, volume, list(volumes.values())),
             dependents=tuple(dependents),
-            deleted_along=True,
+            deleted_along=pool.removes_dependents,
             users=self._users([volumes[one] for one in (name, *dependents) if one in volumes], patiently),
             not_wipeable=pool.cannot_wipe(volume) if self.request.wipe is not None else "",
         )
@@ -428,7 +428,7 @@ class _Device(_Scene):
         """Who uses the volume, or one that is deleted with it."""
 
         def users() -> str:
-            found = self.pool.users(volumes)
+            found = self.pool.users_by_name(volumes)
             return entry.first(
                 [who if name == self.request.name else f"{who} (as {name!r})" for name, some in found.items() for who in some]
             )

@@ -39,6 +39,7 @@ def plan(facts, **request):
         # Another name of the file keeps its data, unless it is wiped.
         ({**THERE, "links": 2}, {}, ("deleted",)),
         ({**THERE, "kept": "for a reason"}, {"wipe": "zero"}, ("wiped", "deleted")),
+        ({**THERE, "not_wipeable": "it is thin"}, {}, ("deleted",)),
     ],
 )
 def test_what_is_done(facts, request_, actions):
@@ -50,6 +51,9 @@ def test_what_is_done(facts, request_, actions):
     [
         ({"obstacle": "a directory"}, {"force": True}, "OPERATION_INVALID", ["'web'", "'p'", "taken by a directory"]),
         ({**THERE, "denied": "use become"}, {"force": True}, "OPERATION_DENIED", ["use become"]),
+        ({**THERE, "fixed": "it is a LUN"}, {"force": True}, "NO_SUPPORT", ["'web'", "cannot be deleted: it is a LUN"]),
+        ({**THERE, "not_wipeable": "it is thin"}, {"wipe": "zero", "force": True}, "NO_SUPPORT", ["wiped: it is thin"]),
+        ({**THERE, "dependents": ABOVE, "deleted_along": True}, {}, "OPERATION_INVALID", ["force=true deletes those too"]),
         ({**THERE, "dependents": ABOVE[:1]}, {}, "OPERATION_INVALID", ["1 volume depends on it: web1;", "force=true"]),
         (
             {**THERE, "dependents": ABOVE},
@@ -87,6 +91,7 @@ def test_what_is_refused(facts, request_, code, words):
     [
         ({"missing": "pool 'p' is not active"}, {}, ["pool 'p' is not active", "'web'", "fails unless an earlier task"]),
         ({**THERE, "dependents": ABOVE}, {"force": True}, ["deleted although 5 volumes depend on it: web1,"]),
+        ({**THERE, "dependents": ABOVE, "deleted_along": True}, {"force": True}, ["web1,", "those are deleted too"]),
         ({**THERE, "untold": ("cut", "/q/cut2")}, {"force": True}, ["'web'", "cannot be told of cut, /q/cut2"]),
         ({**THERE, "unseen": ("q", "r")}, {}, ["'web'", "cannot be told of pool 'q', pool 'r'"]),
         ({**THERE, "kept": "other files share it"}, {"wipe": "zero"}, ["stays on the disk: other files share it"]),

@@ -1,0 +1,168 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Volumes that are devices: what lvs says of them, how they hang together, and what is refused of blank ones."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
+    Backing,
+    Dependents,
+    Facts,
+    Grow,
+    PoolFacts,
+    SourceFacts,
+    TargetFacts,
+)
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.request import Request
+from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
+from ansible_collections.virtforge.libvirt.plugins.module_utils._images.probe import Image
+from ansible_collections.virtforge.libvirt.plugins.module_utils._permissions import Mode
+from ansible_collections.virtforge.libvirt.plugins.module_utils._pools import devices
+from ansible_collections.virtforge.libvirt.plugins.module_utils._pools.devices import Device, DevicePool
+from ansible_collections.virtforge.libvirt.plugins.module_utils._volumes import devices as volumes
+
+MIB = 1 << 20
+NAMES = ("base", "snap", "tbase", "tsnap", "outer")
+
+
+def row(name, **stated):
+    """A line of lvs(8), reported as JSON."""
+    fields = ("lv_attr", "origin", "origin_size", "pool_lv", "data_percent", "lv_tags")
+    return {**dict.fromkeys(fields, ""), "lv_name": name, "lv_path": f"/dev/vg/{name}", "lv_size": str(8 * MIB), **stated}
+
+
+def logical_volumes():
+    rows = [
+        row("base", lv_tags="mine"),
+        row("snap", origin="base", origin_size=str(8 * MIB), lv_size=str(4 * MIB), data_percent="3.00"),
+        row("tbase", pool_lv="thin", data_percent="50.00", lv_tags="mine,virtforge_zero_from_1048576"),
+        row("tsnap", pool_lv="thin", origin="tbase", data_percent="25.00"),
+        row("outer", pool_lv="thin", origin="base", data_percent="0.00"),
+    ]
+    thin_pools = {one["lv_name"]: one["pool_lv"] for one in rows}
+    return {one["lv_name"]: devices._logical_volume(one, thin_pools) for one in rows}
+
+
+def test_what_lvs_says():
+    found = logical_volumes()
+    assert [(found[name].capacity, found[name].allocated) for name in NAMES] == [
+        (8 * MIB, 8 * MIB),
+        (8 * MIB, 4 * MIB),
+        (8 * MIB, 4 * MIB),
+        (8 * MIB, 2 * MIB),
+        (8 * MIB, 0),
+    ]
+    # A thin snapshot stands alone, unless it is one of a volume outside its thin pool.
+    assert [found[name].origin for name in NAMES] == [None, "base", None, "tbase", "base"]
+    assert [found[name].needs for name in NAMES] == [None, "base", None, None, "base"]
+    assert [found[name].sound for name in NAMES] == [8 * MIB, 8 * MIB, MIB, 8 * MIB, 8 * MIB]
+
+
+class Pool(DevicePool):
+    type = "logical"
+
+    def __init__(self, found):
+        self.name = "p"
+        self._found = found
+
+    def volumes(self):
+        return self._found
+
+    def users_by_name(self, volumes):
+        return {volume.name: ["somebody"] for volume in volumes}
+
+    def is_unfinished(self, volume):
+        return volume.name == "c"
+
+
+def test_how_they_hang_together():
+    pool = Pool(
+        [
+            Device("a", "/dev/a", 4 * MIB),
+            Device("b", "/dev/b", 4 * MIB, "a", allocated=MIB, needs="a"),
+            Device("c", "/dev/c", 4 * MIB, "b", needs="b"),
+            Device("d", "/dev/d", 4 * MIB, "a"),
+            Device("e", "/dev/e", 4 * MIB, "e", needs="e"),
+            Device("f", "/dev/f", 4 * MIB, "gone", zero_from=MIB),
+        ]
+    )
+    assert pool.dependents("a") == ["b", "c"] and pool.dependents("b") == ["c"] and pool.dependents("e") == []
+    found = {one["name"]: one for one in volumes.described(pool, None)}
+    assert [one["dependents"] for one in found.values()] == [["b", "c"], ["c"], [], [], [], []]
+    assert found["c"]["backing"] == {"path": "/dev/b", "format": "raw", "depth": 2}
+    assert [one["path"] for one in found["c"]["backing_chain"]] == ["/dev/b", "/dev/a"]
+    assert (found["d"]["backing"]["path"], found["f"]["backing"]) == ("/dev/a", None)
+    assert (found["b"]["allocation"], found["a"]["allocation"]) == (MIB, 4 * MIB)
+    assert (found["f"]["capacity"], found["f"]["physical"]) == (MIB, 4 * MIB)
+    assert [name for name, one in found.items() if one["error_code"] == "CORRUPT_IMAGE"] == ["c"]
+    assert volumes.described(pool, "b") == [found["b"]] and volumes.described(pool, "x") == []
+
+
+# --- blank volumes --------------------------------------------------------------------------------------------------------
+
+
+def plan(stated, target=None, pool="logical", **known):
+    answers = {
+        "target_users": "",
+        "target_dependents": Dependents(),
+        "space_missing": 0,
+        "denied": "",
+        "not_growable": "",
+        "room": 1 << 40,
+    }
+    facts = Facts(
+        PoolFacts("p", pool, "/dev/p", granularity=MIB),
+        SourceFacts("nothing", ""),
+        target or TargetFacts(),
+        "data",
+        **{**answers, **known},
+    )
+    return planner.plan(Request(pool="p", name="data", **stated), facts)
+
+
+def there(capacity=4 * MIB, **stated):
+    return TargetFacts(Image("raw", capacity), (7,), **stated)
+
+
+def test_made_grown_and_left_alone():
+    (step,) = plan({"capacity": MIB + 1}).steps
+    assert (step.route, step.format, step.capacity) == ("device", "raw", 2 * MIB)
+    assert plan({"capacity": 5 * MIB}, there()).steps == (Grow("raw", 5 * MIB),)
+    for stated in ({}, {"capacity": 4 * MIB}, {"flatten": True}, {"format": "raw"}):
+        assert plan(stated, there()).steps == ()
+    # LUNs exist.
+    assert plan({"capacity": 4 * MIB}, there(), "iscsi").steps == ()
+    state = plan({}, there(origin=Backing("/dev/p/base", "raw", 1), needs_origin=True)).after
+    assert (state.backing.path, state.uid, state.mode) == ("/dev/p/base", None, None)
+    assert plan({"capacity": 4 * MIB}, there(unfinished=True), "disk").actions == ["created"]
+    assert plan({"capacity": 2 * MIB, "force": True}, there()).actions == ["replaced"]
+
+
+@pytest.mark.parametrize(
+    "code, stated, target, words, more",
+    [
+        ("NO_SUPPORT", {"format": "qcow2"}, None, ["format: qcow2", "only raw"], {}),
+        ("NO_SUPPORT", {"owner": 0}, there(), ["owner: has no meaning"], {}),
+        ("NO_SUPPORT", {"mode": Mode("0640")}, there(), ["mode: has no meaning"], {}),
+        ("NO_SUPPORT", {"qcow2": {"compat": "1.1"}}, there(), ["qcow2: has no meaning"], {}),
+        ("CONFIG_UNSUPPORTED", {"preallocation": "full"}, None, ["preallocation=full"], {}),
+        ("INVALID_ARG", {}, None, ["capacity"], {}),
+        ("NO_SUPPORT", {"capacity": MIB}, None, ["'data'", "cannot make one"], {"pool": "iscsi"}),
+        ("NO_SUPPORT", {"capacity": 5 * MIB}, there(), ["4 MiB", "5 MiB", "cannot be grown"], {"pool": "disk"}),
+        ("OPERATION_INVALID", {"capacity": 5 * MIB}, there(), ["5 MiB", "it is odd"], {"not_growable": "it is odd"}),
+        ("NO_SPACE", {"capacity": 9 * MIB}, there(), ["'p' lacks", "3 MiB"], {"room": 2 * MIB}),
+        ("IN_USE", {"capacity": 5 * MIB}, there(), ["open by X"], {"target_users": "X"}),
+        ("DIFFERS", {"capacity": 2 * MIB}, there(), ["4 MiB", "2 MiB"], {}),
+        ("NO_SUPPORT", {"capacity": 2 * MIB, "force": True}, there(), ["4 MiB", "keeps its size"], {"pool": "disk"}),
+        ("NO_SUPPORT", {"flatten": True}, there(needs_origin=True), ["snapshot", "logical", "flatten"], {}),
+    ],
+)
+def test_what_is_refused(code, stated, target, words, more):
+    with pytest.raises(CloneError) as caught:
+        plan(stated, target, **more)
+    assert caught.value.code == code
+    assert all(word in caught.value.msg for word in words), caught.value.msg
