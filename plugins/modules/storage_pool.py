@@ -65,6 +65,7 @@ options:
       - V(dir), V(fs), V(netfs) and V(vstorage) need it. V(disk) has V(/dev) where nothing is stated, V(iscsi) and V(scsi) have
         V(/dev/disk/by-path), V(mpath) has V(/dev/mapper). That of V(logical) and V(zfs) follows from O(pool_source.name), and
         another is refused. V(rbd), V(iscsi-direct) and V(gluster) have none.
+      - With another directory than it has, a pool of the type V(dir) leaves its volumes behind. A warning says so.
       - For V(fs) and V(netfs) a path with a symbolic link in it is refused, because libvirt would not find it among the mounts.
     type: path
     aliases: [path]

@@ -228,6 +228,7 @@ def test_a_dir_pool_through_its_life(libvirtd, place):
     other = str(place / "other")
     result = settle(["created", "redefined", "stopped", "started"], name="images", target_path=other, mode="0700")
     assert result["diff"]["before"]["target_path"] == path and result["diff"]["after"]["target_path"] == other
+    assert any(f"its volumes are not moved, they stay in '{path}'" in warning for warning in harness.warnings(result))
     assert (result["diff"]["before"]["state"], result["diff"]["after"]["state"]) == ("active", "active")
     assert result["pool"]["uuid"] == uuid and result["pool"]["path"] == other
     assert facts("images") == ("running", "yes", "yes")

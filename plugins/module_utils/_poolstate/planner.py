@@ -322,7 +322,7 @@ def _present(request: Request, facts: Facts, desired: Definition) -> Plan:
     if stops and pool is not None:
         _refuse_unmounting(request, facts, pool)
 
-    warnings: t.List[str] = []
+    warnings = _moved(request, pool, desired) if differs else []
     made, owner = _directory_of(request, facts, desired, running=active and not starts)
     actions = [action for action in made if action == "created"]
     password = _password(request, facts, desired)
@@ -378,6 +378,17 @@ def _restarts(request: Request, facts: Facts, pool: PoolFacts, desired: Definiti
         _refuse_in_use(request, facts, "redefined")
         return True
     return pool.unmounted and request.state == "active"
+
+
+def _moved(request: Request, pool: t.Optional[PoolFacts], desired: Definition) -> t.List[str]:
+    """A warning where a pool leaves its volumes behind; a file system that is mounted elsewhere takes them along."""
+    path = pool.definition.target_path if pool else None
+    if path in (None, desired.target_path) or desired.type != "dir":
+        return []
+    return [
+        f"pool {request.name!r} moves from {path!r} to {desired.target_path!r} (target_path): its volumes are not moved, they"
+        f" stay in {path!r}"
+    ]
 
 
 def _before(request: Request, facts: Facts, pool: PoolFacts) -> State:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from conftest import remove_pool
-from harness import MIB, clone, held, module, run, settle, virsh, warnings
+from harness import MIB, clone, held, module, run, settle, virsh, virsh_status, warnings
 
 VOLUME, INFO = "storage_volume", "storage_volume_info"
 ABSENT = {"state": "absent"}
@@ -49,7 +48,9 @@ def group(libvirtd, disk):
     virsh("pool-define-as", "vglife", "logical", "--source-name", "vglife", "--target", "/dev/vglife")
     virsh("pool-start", "vglife")
     yield "vglife"
-    remove_pool("vglife")
+    # Before the group: libvirt's way to stop the pool is to deactivate the group.
+    virsh_status("pool-destroy", "vglife")
+    virsh_status("pool-undefine", "vglife")
     run("vgremove", "-f", "-q", "vglife")
 
 

@@ -114,6 +114,17 @@ def test_another_definition(had, state, actions):
     assert plan.after.definition.target_path == "/q"
 
 
+def test_a_pool_that_leaves_its_volumes_behind_is_warned_of():
+    def warnings(had, **stated):
+        desired = replace(had, **stated)
+        return planner.plan(request(target_path="/q"), facts(pool(had), desired, directory=replace(THERE, path="/q"))).warnings
+
+    (warning,) = warnings(DIR, target_path="/q")
+    assert "'p' moves from '/p' to '/q'" in warning and "stay in '/p'" in warning
+    # Mounted elsewhere, a file system takes its volumes along.
+    assert warnings(FS, target_path="/q") == () == warnings(DIR)
+
+
 def test_a_definition_that_is_pending_is_left_so_by_who_states_none():
     had = pool(replace(DIR, target_path="/q"), live=DIR)
     plan = planner.plan(request(), facts(had, directory=replace(THERE, path="/q")))
