@@ -35,12 +35,13 @@ attributes:
 requirements:
   - C(qemu-img) on the managed host, for all volumes but raw ones
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt; C(lxml) for O(xml)
+  - LVM (C(lvs), C(lvcreate) and so on) or C(parted) on the managed host, for pools of the types C(logical) or C(disk)
   - C(scrub) on the managed host, for a O(wipe_algorithm) other than V(zero) and V(trim)
 options:
   pool:
     description:
-      - Pool of the volume, the name of a libvirt pool of the type C(dir), C(fs) or C(netfs), or an absolute path of a
-        directory, which needs no libvirt at all.
+      - Pool of the volume, the name of a libvirt pool of the type C(dir), C(fs), C(netfs), C(logical), C(disk), C(iscsi) or
+        C(scsi), or an absolute path of a directory, which needs no libvirt at all.
       - With O(state=absent), a pool that does not exist holds no volume, so nothing is done.
     type: str
     required: true
@@ -107,6 +108,8 @@ options:
   wipe:
     description:
       - Overwrite the data of the volume before it is deleted. Only with O(state=absent).
+      - A thin logical volume, a snapshot, and one that has snapshots cannot be wiped. What is written to them takes space
+        elsewhere, or is kept there as it was.
       - Blocks that other files share, and all blocks on file systems that write elsewhere instead of overwriting (btrfs), keep
         their data; a warning says so.
     type: bool
@@ -114,7 +117,7 @@ options:
   wipe_algorithm:
     description:
       - How to overwrite, by libvirt's names. V(zero) writes zeros over what is allocated, V(trim) gives the blocks back to the
-        storage, the others are patterns of the program C(scrub), written over the whole length of the file.
+        storage, the others are patterns of the program C(scrub), written over the whole length of the volume.
       - V(zero) where not stated.
     type: str
     choices: [zero, nnsa, dod, bsi, gutmann, schneier, pfitzner7, pfitzner33, random, trim]
@@ -123,6 +126,8 @@ options:
       - With O(state=present), a volume that exists and differs is replaced by a blank one, and its data is lost.
       - With O(state=absent), a volume is deleted although others depend on it, which makes them unreadable, or although some
         that may depend on it cannot be read.
+      - A logical volume is deleted together with its snapshots, because LVM does so. A thin snapshot is none of those. It keeps
+        its data when its origin is gone.
       - A volume that others depend on is not replaced.
       - A volume that is in use is neither replaced nor deleted.
     type: bool
@@ -132,6 +137,12 @@ seealso:
   - module: virtforge.libvirt.storage_volume_info
 notes:
   - Without root, and for a pool that belongs to root, use C(become).
+  - In pools of the types C(logical), C(disk), C(iscsi) and C(scsi) volumes are devices. They are raw, have no owner, group or
+    mode to be stated, and a new one reads as zeros. Their capacity is a whole number of extents (C(logical)) or MiB (C(disk)).
+  - A partition (C(disk)) has the name that libvirt gives to the next one, such as C(sdb3), and keeps its size. A LUN (C(iscsi),
+    C(scsi)) is neither made, grown nor deleted here.
+  - A logical volume that is a snapshot, or has snapshots, is not grown, a thin one is.
+  - What others do to a disk, libvirt notices only when its pool is refreshed.
 """
 
 EXAMPLES = r"""

@@ -35,8 +35,8 @@ requirements:
 options:
   pool:
     description:
-      - The name of a libvirt pool of the type C(dir), C(fs) or C(netfs), or an absolute path of a directory, which needs no
-        libvirt at all.
+      - The name of a libvirt pool of the type C(dir), C(fs), C(netfs), C(logical), C(disk), C(iscsi) or C(scsi), or an absolute
+        path of a directory, which needs no libvirt at all.
     type: str
     required: true
   name:
@@ -48,6 +48,11 @@ seealso:
   - module: virtforge.libvirt.storage_volume
   - module: virtforge.libvirt.storage_volume_clone
 notes:
+  - In pools of the types C(logical), C(disk), C(iscsi) and C(scsi) volumes are devices, and only root is told of them. They are
+    raw, and have no owner, group or mode here. One that a killed run has left unfinished has RV(volumes[].error_code)
+    C(CORRUPT_IMAGE).
+  - The backing store of a logical volume is what it is a snapshot of. A thin snapshot is none of the
+    RV(volumes[].dependents) of its origin, because it keeps its data without it.
   - Without root, volumes and processes that the user may not look into are described as far as that goes.
 """
 
@@ -96,7 +101,7 @@ volumes:
       returned: success
       sample: /var/lib/libvirt/images/web1.qcow2
     type:
-      description: Kind of volume.
+      description: Kind of volume, V(file) or V(block).
       type: str
       returned: success
       sample: file
@@ -116,7 +121,7 @@ volumes:
       returned: success
       sample: 1073741824
     physical:
-      description: Length of the file.
+      description: Length of the file or device.
       type: int
       returned: success
       sample: 1074135040
@@ -151,7 +156,7 @@ volumes:
       sample: [/srv/images/web3.qcow2, web1.qcow2, web2.qcow2]
     in_use_by:
       description:
-        - Who uses it, running domains and processes that have it open.
+        - Who uses it, running domains and processes that have it open, and of a device the kernel, for a mount, say.
         - Where this user sees neither, and an instance of QEMU has locked it, maybe on another host, it says so.
       type: list
       elements: str
