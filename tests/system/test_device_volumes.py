@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 from conftest import DOMAIN, remove_pool
-from harness import MIB, clone, held, module, refused, run, settle, virsh, warnings
+from harness import MIB, clone, held, module, refused, result_of, run, settle, start, virsh, warnings
 
 VOLUME, INFO = "storage_volume", "storage_volume_info"
 ABSENT = {"state": "absent"}
@@ -72,7 +72,7 @@ def test_the_life_of_a_partition(disk):
     }
     assert {key: made[key] for key in found if key in made} == {key: found[key] for key in found if key in made}
 
-    assert not settle(VOLUME, pool=pool, name=names[0], flatten=True)["changed"]
+    assert not clone(VOLUME, pool=pool, name=names[0], flatten=True)["changed"]
     assert "cannot be grown" in refused("NO_SUPPORT", VOLUME, pool=pool, name=names[0], capacity="20MiB")
     assert names[1] in refused("INVALID_ARG", VOLUME, pool=pool, name="data", capacity="1MiB")
 
@@ -142,6 +142,18 @@ def test_an_unfinished_partition_is_told_made_anew_and_deleted(disk):
     write(path(1), MARK)
     assert settle(VOLUME, pool=pool, name=name, **ABSENT)["volume"]["error_code"] == "CORRUPT_IMAGE"
     assert not os.path.exists(path(1))
+
+
+def test_two_partitions_deleted_at_once(disk):
+    """Each run reads the partition table, and writes it back."""
+    pool, path = disk
+    names = [os.path.basename(path(number)) for number in (1, 2)]
+    for name in names:
+        clone(VOLUME, pool=pool, name=name, capacity="2MiB")
+    runs = [start({"pool": pool, "name": name, **ABSENT}, module=VOLUME) for name in names]
+    assert [result_of(one)["actions"] for one in runs] == [["deleted"], ["deleted"]]
+    # Two lines about the disk, and one for each partition.
+    assert len(run("parted", "-s", "-m", path(1)[: -len("p1")], "print").splitlines()) == 2
 
 
 def test_libvirt_forgets_a_partition_that_somebody_else_deleted(disk):

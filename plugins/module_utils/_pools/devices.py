@@ -216,6 +216,11 @@ class DevicePool(LibvirtPool):
         """Why its data cannot be overwritten; empty where it can."""
         return "" if self.volume_type == "block" else "it is no device of this host"
 
+    @contextmanager
+    def alone(self, deadline: Deadline) -> t.Iterator[None]:
+        """Held by who changes which volumes there are, in a pool that bears only one at a time."""
+        yield
+
     def make(self, name: str, capacity: int) -> None:
         """Make a volume; nobody has said yet what it reads as."""
         raise NotImplementedError
@@ -246,9 +251,15 @@ class DiskPool(DevicePool):
     def source_devices(self) -> t.Tuple[str, ...]:
         return self.definition().source.devices
 
+    @contextmanager
+    def alone(self, deadline: Deadline) -> t.Iterator[None]:
+        # parted reads the whole table and writes it back: of two at once, one would undo what the other did.
+        with locks.Locks([], [self.lock_key("")], deadline, f"waiting for the partition table of pool {self.name!r}"):
+            yield
+
     def make(self, name: str, capacity: int) -> None:
         document = _xml.volume_xml(name=name, capacity=capacity, allocation=capacity)
-        with translated(f"making volume {name!r} of pool {self.name!r}"):
+        with self.alone(Deadline(60, "lock_timeout")), translated(f"making volume {name!r} of pool {self.name!r}"):
             self._pool.createXML(document, 0)
         made = self.volume(name)
         if made is None or made.capacity < capacity:
@@ -414,6 +425,8 @@ class LogicalPool(DevicePool):
         path = _process.find(program)
         if path is None:
             raise CloneError("MISSING_DEPENDENCY", f"pool {self.name!r}: {program} is not installed (package lvm2)")
+        if os.geteuid() != 0:
+            raise CloneError("OPERATION_DENIED", f"pool {self.name!r}: only root may ask LVM; use become")
         status, out, err = _process.run([path, *arguments], ())
         if status:
             text = " ".join(err.split())

@@ -455,7 +455,8 @@ class _Device(_Scene):
 
     def delete(self, what: str) -> None:
         self._refuse_change(what, "deleted")
-        self.pool.remove(self.request.name)
+        with self.pool.alone(self.deadline.sooner(self.request.lock_timeout, "lock_timeout")):
+            self.pool.remove(self.request.name)
 
     def _is_there(self) -> bool:
         return self.pool.volume(self.request.name) is not None

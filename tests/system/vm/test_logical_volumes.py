@@ -4,30 +4,57 @@
 
 """storage_volume and storage_volume_info where volumes are logical volumes.
 
-A run takes seconds in this machine, so each test goes through a whole life.
+A Python takes seconds to start in this machine, so each test goes through a whole life, with several tasks in one process.
 """
 
 from __future__ import annotations
 
+import json
 import os
 
+import harness
 import pytest
-from harness import MIB, clone, held, module, run, settle, virsh, virsh_status, warnings
+from harness import MIB, held, run, virsh, virsh_status
 
-VOLUME, INFO = "storage_volume", "storage_volume_info"
 ABSENT = {"state": "absent"}
 SECRET = b"what nobody shall read any more "
 
 
+TASKS = """
+import json, sys
+from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
+from ansible_collections.virtforge.libvirt.plugins.modules import storage_volume, storage_volume_info
+for check, params in json.load(sys.stdin):
+    module, work = storage_volume, storage_volume.declare
+    if len(params) == 1:
+        module, work = storage_volume_info, storage_volume_info.describe
+    defaults = {name: option.get("default") for name, option in module.ARGUMENT_SPEC.items()}
+    try:
+        print(json.dumps(work({**defaults, **params}, check)))
+    except CloneError as exc:
+        print(json.dumps({"error_code": exc.code, "msg": exc.msg}))
+"""
+
+
+def tasks(*wanted):
+    """What the modules return for (check mode, parameters); a pool alone is for storage_volume_info."""
+    out = run(harness.PYTHON, "-c", TASKS, input=json.dumps(wanted), env=harness.environment())
+    return [json.loads(line) for line in out.splitlines()]
+
+
 def volumes(pool):
-    return {volume["name"]: volume for volume in clone(INFO, pool=pool)["volumes"]}
+    (result,) = tasks((False, {"pool": pool}))
+    return {volume["name"]: volume for volume in result["volumes"]}
 
 
-def refused(code, **params):
-    """The message of a check run that must fail, which is that of the run."""
-    result = module(params, check=True, module=VOLUME)
-    assert result.get("error_code") == code, result
-    return result["msg"]
+def settle(**params):
+    """Check run, run, second run, as in the harness."""
+    predicted, result, again = tasks((True, params), (False, params), (False, params))
+    assert "error_code" not in result, result
+    for key in ("changed", "actions", "diff"):
+        assert predicted[key] == result[key], (key, predicted[key], result[key])
+    assert (again["changed"], again["actions"]) == (False, []), again
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +81,9 @@ def group(libvirtd, disk):
     run("vgremove", "-f", "-q", "vglife")
 
 
-def test_the_life_of_a_logical_volume(group, disk):
+def test_the_life_of_a_logical_volume(group):
     path = "/dev/vglife/data"
-    result = settle(VOLUME, pool=group, name="data", capacity="10000000")
+    result = settle(pool=group, name="data", capacity="10000000")
     # Whole extents.
     assert (result["actions"], result["volume"]["capacity"]) == (["created"], 12 * MIB)
     with open(path, "rb") as file:
@@ -71,16 +98,20 @@ def test_the_life_of_a_logical_volume(group, disk):
     assert {key: result["volume"][key] for key in found if key in result["volume"]} == {
         key: found[key] for key in found if key in result["volume"]
     }
-    result = settle(VOLUME, pool=group, name="data", capacity="20MiB")
+    result = settle(pool=group, name="data", capacity="20MiB")
     assert (result["actions"], result["volume"]["capacity"]) == (["grown"], 20 * MIB)
-    assert "lacks" in refused("NO_SPACE", pool=group, name="data", capacity="1GiB")
+    data = {"pool": group, "name": "data"}
     with held(path) as process:
-        assert volumes(group)["data"]["in_use_by"] == [f"qemu-io (pid {process.pid})"]
-        assert "qemu-io" in refused("IN_USE", pool=group, name="data", force=True, **ABSENT)
+        described, full, used = tasks(
+            (True, {"pool": group}), (True, {**data, "capacity": "1GiB"}), (True, {**data, "force": True, **ABSENT})
+        )
+    assert described["volumes"][0]["in_use_by"] == [f"qemu-io (pid {process.pid})"]
+    assert full["error_code"] == "NO_SPACE" and "lacks" in full["msg"]
+    assert used["error_code"] == "IN_USE" and "qemu-io" in used["msg"]
 
     with open(path, "r+b") as file:
         file.write(SECRET)
-    result = settle(VOLUME, pool=group, name="data", wipe=True, **ABSENT)
+    result = settle(pool=group, name="data", wipe=True, **ABSENT)
     assert result["actions"] == ["wiped", "deleted"] and result["volume"]["path"] == path
     assert volumes(group) == {} and not os.path.exists(path)
     assert "data" not in virsh("vol-list", group)
@@ -106,27 +137,43 @@ def test_snapshots(group):
     assert (tsnap["capacity"], tsnap["backing"]["path"], found["tbase"]["dependents"]) == (1 << 30, "/dev/vglife/tbase", [])
     assert tsnap["allocation"] < 32 * MIB
 
-    unchanged = clone(VOLUME, pool=group, name="snap")
-    assert not unchanged["changed"] and unchanged["volume"]["backing"] == backing
-    for code, stated, word in (
+    refusals = [
         ("NO_SUPPORT", {"name": "snap", "flatten": True}, "snapshot"),
         ("OPERATION_INVALID", {"name": "snap", "capacity": "20MiB"}, "it is a snapshot"),
         ("OPERATION_INVALID", {"name": "base", "capacity": "20MiB"}, "snapshots (snap)"),
         ("OPERATION_INVALID", {"name": "base", **ABSENT}, "1 volume depends on it: snap; force=true deletes those too"),
-        ("NO_SUPPORT", {"name": "base", "force": True, "wipe": True, **ABSENT}, "snapshots (snap)"),
-        ("NO_SUPPORT", {"name": "tbase", "wipe": True, **ABSENT}, "thin"),
-    ):
-        assert word in refused(code, pool=group, **stated)
+        ("IN_USE", {"name": "base", "force": True, **ABSENT}, "(as 'snap')"),
+    ]
     with held("/dev/vglife/snap"):
-        assert "(as 'snap')" in refused("IN_USE", pool=group, name="base", force=True, **ABSENT)
+        unchanged, *refused = tasks(
+            (False, {"pool": group, "name": "snap"}), *((True, {"pool": group, **stated}) for _code, stated, _word in refusals)
+        )
+    assert not unchanged["changed"] and unchanged["volume"]["backing"] == backing
+    for (code, _stated, word), result in zip(refusals, refused):
+        assert result["error_code"] == code and word in result["msg"], result
 
-    (warning,) = warnings(settle(VOLUME, pool=group, name="base", force=True, **ABSENT))
-    assert "'base'" in warning and "those are deleted too" in warning
-    assert not warnings(clone(VOLUME, pool=group, name="tbase", **ABSENT))
-    assert clone(VOLUME, pool=group, name="tsnap", capacity="2GiB")["actions"] == ["grown"]
+    wiped, thin, removed, again, alone, grown = tasks(
+        (True, {"pool": group, "name": "base", "force": True, "wipe": True, **ABSENT}),
+        (True, {"pool": group, "name": "tbase", "wipe": True, **ABSENT}),
+        (False, {"pool": group, "name": "base", "force": True, **ABSENT}),
+        (False, {"pool": group, "name": "base", "force": True, **ABSENT}),
+        (False, {"pool": group, "name": "tbase", **ABSENT}),
+        (False, {"pool": group, "name": "tsnap", "capacity": "2GiB"}),
+    )
+    assert wiped["error_code"] == "NO_SUPPORT" and "snapshots (snap)" in wiped["msg"]
+    assert thin["error_code"] == "NO_SUPPORT" and "thin" in thin["msg"]
+    (warning,) = removed["warnings"]
+    assert "'base'" in warning and "those are deleted too" in warning and not again["changed"]
+    assert alone["actions"] == ["deleted"] and not alone["warnings"]
+    assert grown["actions"] == ["grown"]
+
     # One that is not active has no device.
     run("lvchange", "-q", "-an", f"{group}/tsnap")
-    found = volumes(group)
-    assert list(found) == ["tsnap"] and (found["tsnap"]["capacity"], found["tsnap"]["backing"]) == (2 << 30, None)
-    assert "not active" in refused("OPERATION_INVALID", pool=group, name="tsnap", capacity="2GiB")
-    assert clone(VOLUME, pool=group, name="tsnap", **ABSENT)["actions"] == ["deleted"]
+    described, stopped, deleted = tasks(
+        (False, {"pool": group}),
+        (True, {"pool": group, "name": "tsnap", "capacity": "2GiB"}),
+        (False, {"pool": group, "name": "tsnap", **ABSENT}),
+    )
+    assert [(one["name"], one["capacity"], one["backing"]) for one in described["volumes"]] == [("tsnap", 2 << 30, None)]
+    assert stopped["error_code"] == "OPERATION_INVALID" and "not active" in stopped["msg"]
+    assert deleted["actions"] == ["deleted"]
