@@ -451,7 +451,9 @@ def _logical_volume(row: t.Mapping[str, str], thin_pools: t.Mapping[str, str]) -
         needs = origin if thin_pools.get(origin or "", thin_pool) != thin_pool else None
     elif origin:
         # The size of another snapshot is that of what changed since.
-        capacity, needs = int(row["origin_size"] or size), origin
+        capacity = int(row["origin_size"] or size)
+        # One in brackets is LVM's own, of a volume that was made with --virtualsize.
+        needs = origin = None if origin.startswith("[") else origin
     zero_from = next((int(tag[len(_GROWING) :]) for tag in tags), None)
     return Device(row["lv_name"], row["lv_path"], capacity, origin, thin_pool, zero_from, allocation, needs)
 

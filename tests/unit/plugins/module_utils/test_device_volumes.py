@@ -56,6 +56,8 @@ def test_what_lvs_says():
         (8 * MIB, 2 * MIB),
         (8 * MIB, 0),
     ]
+    sparse = devices._logical_volume(row("s", origin="[s_vorigin]", origin_size=str(64 * MIB)), {"s": ""})
+    assert (sparse.capacity, sparse.allocated, sparse.origin, sparse.needs) == (64 * MIB, 8 * MIB, None, None)
     # A thin snapshot stands alone, unless it is one of a volume outside its thin pool.
     assert [found[name].origin for name in NAMES] == [None, "base", None, "tbase", "base"]
     assert [found[name].needs for name in NAMES] == [None, "base", None, None, "base"]
