@@ -33,6 +33,7 @@ def run(
     watch: t.Callable[[], None] = lambda: None,
     quick: bool = False,
     file_limit: t.Optional[int] = None,
+    env: t.Optional[t.Mapping[str, str]] = None,
 ) -> t.Tuple[int, str, str]:
     """Exit status (negative for a signal), standard output and standard error.
 
@@ -40,6 +41,7 @@ def run(
     :param watch: called five times a second while it runs; what it raises ends the command
     :param quick: limit its processor time too (for headers only: a conversion may take hours)
     :param file_limit: largest file in bytes that it may write
+    :param env: variables of its environment besides the language and the path
     """
     process = subprocess.Popen(
         command,
@@ -47,7 +49,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         pass_fds=tuple(fds),
-        env={"LC_ALL": "C", "PATH": os.defpath},
+        env={**(env or {}), "LC_ALL": "C", "PATH": os.defpath},
         cwd="/",
         preexec_fn=_in_child(os.getpid(), quick, file_limit),  # pylint: disable=subprocess-popen-preexec-fn
     )

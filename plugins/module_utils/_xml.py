@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ._errors import CloneError
 from ._units import quoted, scale
@@ -183,6 +183,68 @@ def pool_target(document: str) -> PoolXML:
         uuid=text_of(root, "uuid") or None,
         target_path=text_of(child(root, "target"), "path") or None,
     )
+
+
+@dataclass(frozen=True)
+class NetworkXML:
+    """How a pool's storage is reached by the network. A port is None where the document has none."""
+
+    hosts: t.Tuple[t.Tuple[str, t.Optional[int]], ...] = ()
+    name: t.Optional[str] = None
+    devices: t.Tuple[str, ...] = ()
+    initiator: t.Optional[str] = None
+    user: t.Optional[str] = None
+    secret_uuid: t.Optional[str] = None
+    secret_usage: t.Optional[str] = None
+    #: settings for the client, of which libvirt takes no notice itself
+    options: t.Mapping[str, str] = field(default_factory=dict)
+
+
+def pool_network(document: str) -> NetworkXML:
+    """Where a pool has its volumes, from what its ``XMLDesc`` returns."""
+    root = parse(document, "pool")
+    source = child(root, "source")
+    auth = child(source, "auth")
+    secret = child(auth, "secret")
+    iqn = child(child(source, "initiator"), "iqn")
+    options = root.findall("{http://libvirt.org/schemas/storagepool/rbd/1.0}config_opts/*")
+    return NetworkXML(
+        tuple((host.get("name") or "", int(host.get("port") or 0) or None) for host in source.findall("host")),
+        text_of(source, "name") or None,
+        tuple(device.get("path") or "" for device in source.findall("device")),
+        None if iqn is None else iqn.get("name"),
+        None if auth is None else auth.get("username"),
+        None if secret is None else secret.get("uuid"),
+        None if secret is None else secret.get("usage"),
+        {option.get("name") or "": option.get("value") or "" for option in options},
+    )
+
+
+@dataclass(frozen=True)
+class NetworkDisk:
+    """A domain's disk on the network; the same disk has the same ``protocol`` and ``name``."""
+
+    protocol: str
+    name: str
+    hosts: t.Tuple[str, ...] = field(default=(), compare=False)
+
+
+def domain_network_disks(document: str) -> t.List[NetworkDisk]:
+    """What a domain's disks use on the network, at any depth as in :func:`domain_disks`."""
+    root = parse(document, "domain")
+    disks = []
+    for disk in root.findall("devices/disk"):
+        for source in disk.iter("source", "mirror"):
+            if source.get("protocol"):
+                hosts = tuple(host.get("name") or "" for host in source.findall("host"))
+                disks.append(NetworkDisk(source.get("protocol"), source.get("name") or "", hosts))
+    return disks
+
+
+def domain_volumes(document: str) -> t.List[t.Tuple[str, str]]:
+    """Pool and name of the volumes that a domain's disks name as such (``type='volume'``)."""
+    root = parse(document, "domain")
+    return [(source.get("pool"), source.get("volume") or "") for source in root.findall("devices/disk/source[@pool]")]
 
 
 def domain_disks(document: str) -> t.List[str]:

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Carrying out a plan on a volume that is a device. qemu-img moves the bytes, a piece at a time where their order matters.
+"""Carrying out a plan on a volume that is a device, of this host or on the network. qemu-img moves the bytes, a piece at a time
+where their order matters.
 
 Promise: killed anywhere, a volume that can be renamed is absent or complete, and one that cannot carries a mark until it is
 complete. Nothing that the device held before shows through: what lies between the data and beyond it reads as zeros.
@@ -12,15 +13,17 @@ from __future__ import annotations
 
 import os
 import typing as t
-from contextlib import contextmanager
+from dataclasses import replace
 
 from .._errors import CloneError, from_os_error
 from .._images import qemu_img
 from .._images.qemu_img import Layer
-from .._pools.devices import Device, DevicePool, LogicalPool
-from .._transfer import device, guards
+from .._pools.devices import Device, DevicePool
+from .._pools.network import memory
+from .._pools.rbd import RbdPool
+from .._transfer import device, guards, pace
 from .planner import Create, Facts, Grow
-from .work import Transfer, held, refuse_in_use, source_checked, source_layers
+from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
 
 if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene
@@ -42,14 +45,26 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
             watch()
             expect_sound()
             hold.finish()
+            if step.route != "link":
+                # A snapshot, which a link is made from, is of one moment.
+                refuse_other_source(scene)
 
         pool = t.cast(DevicePool, scene.pool)
         try:
-            if isinstance(pool, LogicalPool):
+            if step.route == "link":
+                source_pool, source = t.cast(RbdPool, scene.source_pool), scene.layers[0]
+                with t.cast(RbdPool, pool).staged_link(step.capacity, source_pool, source.name) as child:
+                    finish()
+                    if step.replaces:
+                        refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
+                    pool.publish(child.name, facts.name, step.replaces)
+                return Transfer("link")
+            if facts.pool.able.staging == "rename":
                 with pool.staged(step.capacity, scene.target_device) as volume:
-                    with _opened(volume, what) as target:
-                        # What a thin pool gives for the first time reads as zeros.
-                        _fill(scene, step, target, what, watch, zero=bool(volume.thin_pool))
+                    with pool.opened(volume, what) as target:
+                        _fill(scene, step, target, volume.capacity, what, watch, zero=_reads_zero(pool, volume))
+                        if scene.request.verify and scene.layers:
+                            _verify(scene, step, target, what, watch)
                     finish()
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
@@ -63,15 +78,9 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
     return Transfer("convert", scene.told.get("unshareable")) if scene.layers else None
 
 
-@contextmanager
-def _opened(volume: Device, what: str) -> t.Iterator[Layer]:
-    """The device for writing, durable at the end."""
-    fd = os.open(os.path.realpath(volume.path), os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        yield Layer(fd, "raw", block=True)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _reads_zero(pool: DevicePool, volume: Device) -> bool:
+    """Whether what is new there reads as zeros: in a thin pool of LVM, and in Ceph."""
+    return bool(volume.thin_pool) or isinstance(pool, RbdPool)
 
 
 def _fill_marked(
@@ -89,23 +98,59 @@ def _fill_marked(
         raise CloneError("IO_ERROR", f"{what} is not there after it was made")
     whole = False
     try:
-        with _opened(volume, what) as target:
-            device.mark(target.fd)
-            _fill(scene, step, target, what, watch, start=_FIRST)
-            os.fsync(target.fd)
+        with pool.opened(volume, what) as target:
+            size = volume.capacity
+            _mark(scene, target, what, watch)
+            _fill(scene, step, target, size, what, watch, start=_FIRST)
+            if target.network is None:
+                # qemu-img has flushed the others when it ended.
+                os.fsync(target.fd)
             finish()
             # From here on it is whole, or the mark is still there.
-            _fill(scene, step, target, what, watch, end=_FIRST)
+            _fill(scene, step, target, size, what, watch, end=_FIRST)
+            if scene.request.verify and scene.layers:
+                try:
+                    _verify(scene, step, target, what, watch)
+                except CloneError:
+                    _mark(scene, target, what, watch)
+                    raise
         whole = True
     finally:
         if made and not whole:
             pool.remove(facts.name)
 
 
+def _mark(scene: Scene, target: Layer, what: str, watch: t.Callable[[], None]) -> None:
+    if target.network is None:
+        device.mark(target.fd)
+        return
+    fd = memory(device.MARK)
+    try:
+        source = Layer(fd, "raw")
+        into = replace(target, offset=0, size=len(device.MARK))
+        arguments = qemu_img.fill(source.node, [], into, False, None)
+        scene.qemu.run(arguments, {fd: "the mark", target.fd: what}, f"writing {what}", watch)
+    finally:
+        os.close(fd)
+
+
+def _verify(scene: Scene, step: Create, target: Layer, what: str, watch: t.Callable[[], None]) -> None:
+    """Compare what is there: not in the page cache, which a device does not share with qemu's O_DIRECT."""
+    if target.network is None:
+        os.fsync(target.fd)
+        pace.forget(target.fd)
+    names = {image.fd: image.what for image in scene.layers}
+    names[target.fd] = what
+    layers = source_layers(scene, step)
+    if scene.qemu.run(qemu_img.compare(layers, [target]), names, f"comparing {what} with its source", watch, accept=(0, 1))[0]:
+        raise CloneError("IO_ERROR", f"verify: {what} does not read as {scene.layers[0].what} does")
+
+
 def _fill(
     scene: Scene,
     step: Create,
     target: Layer,
+    size: int,
     what: str,
     watch: t.Callable[[], None],
     start: int = 0,
@@ -114,9 +159,9 @@ def _fill(
 ) -> None:
     """Make the target, from ``start`` to ``end``, read as the source does, and as zeros beyond the end of that.
 
+    :param size: of the target
     :param zero: whether it reads as zeros already
     """
-    size = guards.length(target.fd)
     end = size if end is None else min(end, size)
     layers = source_layers(scene, step) if scene.layers else []
     # A raw source need not end at a sector; qemu-img fills up the last one with zeros.
@@ -126,23 +171,35 @@ def _fill(
         source = qemu_img.source_node(layers)
         if start or stop < length:
             source = {"driver": "raw", "offset": start, "size": stop - start, "file": source}
-        into = Layer(target.fd, "raw", True, stop - start, start)
+        into = replace(target, offset=start, size=stop - start)
         names = {image.fd: image.what for image in scene.layers}
         names[target.fd] = what
         arguments = qemu_img.fill(source, layers, into, zero, scene.rate.limit)
         scene.qemu.run(arguments, names, f"writing {what}", watch)
-    if not zero and max(start, stop) < end:
-        device.zero(target.fd, max(start, stop), end, watch)
+    start = max(start, stop)
+    if zero or start >= end:
+        return
+    if target.network is None:
+        device.zero(target.fd, start, end, watch)
+    else:
+        nothing = {"driver": "raw", "file": {"driver": "null-co", "size": end - start, "read-zeroes": True}}
+        into = replace(target, offset=start, size=end - start)
+        scene.qemu.run(qemu_img.fill(nothing, [], into, False, None), {target.fd: what}, f"writing {what}", watch)
 
 
 def grow(scene: Scene, facts: Facts, step: Grow) -> None:
     what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
-    pool, volume = t.cast(LogicalPool, scene.pool), t.cast(Device, scene.target_device)
+    pool, volume = t.cast(DevicePool, scene.pool), t.cast(Device, scene.target_device)
     refuse_in_use(scene, facts.name, f"{what} cannot be grown")
     begin = volume.capacity if volume.zero_from is None else volume.zero_from
     pool.grow(volume, step.capacity)
     grown = t.cast(Device, pool.volume(facts.name))
-    if not grown.thin_pool:
-        with _opened(grown, what) as target:
+    if not _reads_zero(pool, grown):
+        with pool.opened(grown, what) as target:
             device.zero(target.fd, begin, grown.capacity, lambda: scene.deadline.check(f"growing {what}"))
         pool.zeroed(grown)
+
+
+def flatten(scene: Scene, facts: Facts) -> None:
+    refuse_in_use(scene, facts.name, f"volume {facts.name!r} of pool {facts.pool.name!r} cannot be flattened")
+    t.cast(RbdPool, scene.pool).flatten(facts.name)

@@ -24,9 +24,9 @@ from .._pools.libvirt import LibvirtPool
 from .._transfer import file_copy, guards, locks, pace, staging
 from . import devices, planner, result
 from .facts import Scene
-from .planner import Backing, Create, Facts, Grow, Ownership, Plan, SetPermissions
+from .planner import Backing, Create, Facts, Flatten, Grow, Ownership, Plan, SetPermissions
 from .request import Request
-from .work import Transfer, held, refuse_in_use, source_checked, source_layers
+from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
 
 # Each round means that the world changed after we had looked: another host or user published the name, or the source was
 # waited for; then all is judged again.
@@ -102,7 +102,7 @@ def source_locks(scene: Scene) -> t.List[str]:
 
 def wait_for_source(scene: Scene) -> None:
     scene.deadline.wait_for(
-        lambda: not any(guards.writers(image.fd) for image in scene.layers),
+        lambda: not scene.writers_now(),
         f"waiting for the writers of {scene.layers[0].what}",
     )
 
@@ -114,6 +114,8 @@ def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Tran
         return how(scene, facts, step)
     if isinstance(step, Grow):
         (devices.grow if on_device else _grow_in_place)(scene, facts, step)
+    elif isinstance(step, Flatten):
+        devices.flatten(scene, facts)
     else:
         _set_permissions(scene, facts, step)
     return None
@@ -136,6 +138,7 @@ def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
             os.fsync(staged.fd)
             expect_sound()
             hold.finish()
+            refuse_other_source(scene)
             if step.replaces:
                 refuse_in_use(scene, facts.name, f"{what} cannot be {'flattened' if step.flattens else 'replaced'}")
             staged.publish(facts.name, step.replaces)
@@ -247,7 +250,8 @@ def _convert(scene: Scene, step: Create, target: int, what: str, watch: t.Callab
         source_layers(scene, step), into, options, exists, share=reason is None, bwlimit=scene.rate.limit
     )
     limit = step.capacity + step.capacity // 4 + (128 << 20)
-    hot = [image.fd for image in scene.layers if pace.resident(image.fd, 0, guards.length(image.fd)) > _COLD]
+    files = [image.fd for image in scene.layers if image.network is None]
+    hot = [fd for fd in files if pace.resident(fd, 0, guards.length(fd)) > _COLD]
     scene.qemu.run(arguments, names, f"converting {scene.layers[0].what}", watch, file_limit=limit)
     if step.format == "raw":
         _set_length(target, step.capacity)
@@ -255,7 +259,7 @@ def _convert(scene: Scene, step: Create, target: int, what: str, watch: t.Callab
         reason = _not_shared(scene, into, what, watch)
     else:
         os.fsync(target)
-        for fd in (target, *(image.fd for image in scene.layers if image.fd not in hot)):
+        for fd in (target, *(fd for fd in files if fd not in hot)):
             pace.forget(fd)
     return Transfer("convert", reason if scene.request.method != "copy" else None)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import time
 import typing as t
@@ -25,9 +26,12 @@ from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.probe import Image
 from .._images.qemu_img import Layer, QemuImg
+from .._pools import capabilities
 from .._pools.devices import Device, DevicePool, DiskPool
 from .._pools.directory import DirectoryPool, kind_of
 from .._pools.libvirt import Connection, LibvirtPool
+from .._pools.network import NetworkPool, memory
+from .._pools.rbd import RbdImage, RbdPool
 from .._transfer import device, file_copy, guards, locks, staging
 from .._transfer.pace import Rate
 from .._volumes.inventory import Inventory
@@ -61,6 +65,8 @@ class OpenImage:
     lock: str = ""
     #: options by which qemu-img reaches what is no file here; ``fd`` is then its key
     network: t.Optional[t.Mapping[str, t.Any]] = None
+    #: its name in its pool, where it is none of this host's files or devices
+    name: str = ""
 
     @property
     def layer(self) -> Layer:
@@ -89,6 +95,8 @@ class Scene:
         self.target_fd = -1
         #: the target where it is a device
         self.target_device: t.Optional[Device] = None
+        #: options by which qemu-img reaches it, where it is no device of this host; ``target_fd`` is then its key
+        self.target_network: t.Optional[t.Mapping[str, t.Any]] = None
         #: what lies below the target, once somebody asked
         self.target_below: t.List[OpenImage] = []
         #: when the whole task has to be over
@@ -137,6 +145,8 @@ class Scene:
             pool = DirectoryPool(name, name) if os.path.isabs(name) else self._connection.pool(name)
             if isinstance(pool, LibvirtPool) and not pool.is_active():
                 raise CloneError("OPERATION_INVALID", f"pool {name!r} is not active")
+            if isinstance(pool, NetworkPool):
+                pool.deadline = self.deadline
             pool.open()
         except CloneError as exc:
             if self.check_mode and exc.code in ("NO_STORAGE_POOL", "OPERATION_INVALID"):
@@ -174,6 +184,8 @@ class Scene:
             facts = PoolFacts(request.pool, "unknown", None, self._missing[request.pool])
             return self._with_user(Facts(facts, source, TargetFacts(), name, self.check_mode))
         facts = PoolFacts(pool.name, pool.type, pool.path)
+        if request.linked:
+            source = replace(source, unlinkable=self._unlinkable(pool))
         if isinstance(pool, DevicePool):
             taken = t.cast(t.Set[str], self.told.get("names", set()))
             facts = replace(facts, granularity=pool.granularity, next_name=pool.next_name(taken))
@@ -182,6 +194,15 @@ class Scene:
         return self._with_user(
             Facts(facts, source, self._target(pool, name, source), name, self.check_mode, default_label=label)
         )
+
+    def _unlinkable(self, pool: DirectoryPool) -> str:
+        source_pool = self._pools.get(self.request.effective_source_pool) if self.request.source is not None else None
+        if isinstance(pool, NetworkPool):
+            if self.request.source is not None and source_pool is None:
+                # A check run, in which an earlier task makes it.
+                return ""
+            return pool.cannot_link(source_pool)
+        return "it is a volume on the network" if isinstance(source_pool, NetworkPool) else ""
 
     def _with_user(self, facts: Facts) -> Facts:
         stated = self.request.backing_path
@@ -218,11 +239,81 @@ class Scene:
         volume = pool.volume(t.cast(str, facts.name))
         if volume is None:
             return replace(facts, gone=f"{facts.what} does not exist")
+        if isinstance(pool, NetworkPool):
+            return self._source_network(facts, pool, volume)
         opened = self._open_source(replace(facts, path=volume.path, key=volume.path), os.path.realpath(volume.path), pool)
         self.layers[0].lock = pool.lock_key(volume.name)
         if device.is_marked(self.layers[0].fd):
             raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that made it was killed")
         return replace(opened, owner=None)
+
+    def _source_network(self, facts: SourceFacts, pool: NetworkPool, volume: Device) -> SourceFacts:
+        request = self.request
+        if request.source_format not in (None, "raw"):
+            raise CloneError(
+                "NO_SUPPORT",
+                f"source_format: {facts.what}, which is of type {pool.type}, is read as raw, not as {request.source_format}",
+            )
+        layer = pool.layer(volume)
+        image = Image("raw", volume.capacity)
+        opened = OpenImage(layer.fd, facts.what, volume.path, image, False, (), pool.lock_key(volume.name), layer.network)
+        opened.name = volume.name
+        self.layers.append(opened)
+        marked = capabilities.of(pool.type).staging == "mark"
+        if marked or request.encrypted or request.format not in (None, "raw"):
+            # Reading costs a process, so only where it matters what is there.
+            head = self._head(layer, facts.what)
+            if head == device.MARK:
+                raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that made it was killed")
+            image = opened.image = probe.read_raw(volume.capacity, (), head)
+        self.told["changes"] = pool.changes(volume)
+        return replace(
+            facts,
+            path=volume.path,
+            key=volume.path,
+            image=image,
+            identity=volume.identity,
+            below=tuple(above.identity for above in _parents(pool, volume)),
+            network=True,
+        )
+
+    def _head(self, layer: Layer, what: str) -> bytes:
+        """The first block of a volume on the network."""
+        fd = memory(bytes(len(device.MARK)))
+        try:
+            source = replace(layer, offset=0, size=len(device.MARK))
+            arguments = qemu_img.fill(source.node, [layer], Layer(fd, "raw"), False, None)
+            self.qemu.run(
+                arguments, {layer.fd: what, fd: "memory"}, f"reading {what}", lambda: self.deadline.check(f"reading {what}")
+            )
+            return os.pread(fd, len(device.MARK), 0)
+        finally:
+            os.close(fd)
+
+    def writers_now(self) -> str:
+        """Who has the source open for writing."""
+        for image in self.layers:
+            pool = self._pools.get(self.request.effective_source_pool)
+            on_network = image.network is not None and isinstance(pool, NetworkPool)
+            who = t.cast(NetworkPool, pool).users(image.name) if on_network else guards.writers(image.fd)
+            if who:
+                return who
+        return ""
+
+    def source_disturbed(self) -> str:
+        """Why a source on the network may have been written to while it was read; empty when nothing is known of that.
+
+        Of a file and of a device, :class:`guards.Hold` tells more.
+        """
+        pool = self._pools.get(self.request.effective_source_pool)
+        if not self.layers or self.layers[0].network is None or not isinstance(pool, NetworkPool):
+            return ""
+        image = self.layers[0]
+        who = pool.users(image.name)
+        if who:
+            return f"{image.what} was opened for writing by {who} while it was read"
+        changed = pool.changes(pool.volume(image.name)) != self.told["changes"]
+        return f"{image.what} changed while it was read" if changed else ""
 
     def _open_source(self, facts: SourceFacts, path: str, pool: t.Optional[DirectoryPool]) -> SourceFacts:
         try:
@@ -330,6 +421,8 @@ class Scene:
 
     def target_layers(self, image: Image) -> t.List[Layer]:
         """The target and all that lies below it, opened once; it stays within the pools as a source does."""
+        if self.target_network is not None:
+            return [Layer(self.target_fd, "raw", network=self.target_network)]
         if self.target_fd < 0:
             raise CloneError(
                 "OPERATION_DENIED", f"the target in pool {self.pool.name!r} cannot be opened by this user; use become"
@@ -429,6 +522,9 @@ class Scene:
         if self.target_device is None:
             return TargetFacts()
         what = f"volume {name!r} of pool {pool.name!r}"
+        self.target_network = None
+        if isinstance(pool, NetworkPool):
+            return self._target_on_network(pool, self.target_device, source, what)
         try:
             self.target_fd, _block = _open_image(os.path.realpath(self.target_device.path), what)
         except FileNotFoundError:
@@ -452,6 +548,24 @@ class Scene:
     def _origin(self, pool: DevicePool, volume: Device) -> t.Optional[Backing]:
         below = pool.below(volume, pool.volumes()) if volume.origin else []
         return Backing(below[0].path, "raw", len(below)) if below else None
+
+    def _target_on_network(self, pool: NetworkPool, volume: Device, source: SourceFacts, what: str) -> TargetFacts:
+        layer = pool.layer(volume)
+        self.target_fd, self.target_network = layer.fd, layer.network
+        image = Image("raw", volume.capacity)
+        facts = TargetFacts(image, volume.identity)
+        if volume.identity == source.identity:
+            return facts
+        below = _parents(pool, volume)
+        if below:
+            image = replace(image, backing=below[0].path, backing_format="raw")
+            facts = replace(facts, on_source=below[0].identity == source.identity, depth=len(below))
+        marked = capabilities.of(pool.type).staging == "mark"
+        if not (marked or self.request.force):
+            return replace(facts, image=image)
+        head = self._head(layer, what)
+        encrypted = probe.read_raw(volume.capacity, (), head).encrypted
+        return replace(facts, image=replace(image, encrypted=encrypted), unfinished=marked and head == device.MARK)
 
     def _below_target(self, image: Image, source: SourceFacts) -> t.Tuple[bool, t.Optional[int]]:
         """Whether the target's backing store is the source, and how many images lie below the target; None if that is not told.
@@ -533,7 +647,7 @@ class Scene:
         return True
 
     def _source_writers(self) -> str:
-        return next((who for who in map(guards.writers, (image.fd for image in self.layers)) if who), "")
+        return self.writers_now()
 
     def source_corrupt(self) -> str:
         """What ``qemu-img check`` says of the first image that is not sound. Leaked clusters (status 3) are no damage.
@@ -571,6 +685,12 @@ class Scene:
     def _users_now(self, name: str) -> str:
         """Who uses the open target; outside check mode, somebody who lets go of it within a moment does not count."""
         end = time.monotonic() + (_LONG_MOMENT if self.locked else _MOMENT)
+        if isinstance(self.pool, NetworkPool):
+            who = self.pool.users(name)
+            while who and not self.check_mode and time.monotonic() < end:
+                time.sleep(0.2)
+                who = self.pool.users(name)
+            return who
         who = guards.users(self.target_fd)
         while who and not self.check_mode and time.monotonic() < end:
             time.sleep(0.05)
@@ -580,7 +700,21 @@ class Scene:
     def _data_beyond(self) -> int:
         topmost = self.layers[0]
         start, end = t.cast(int, self.request.capacity), topmost.image.capacity
+        if topmost.network is not None:
+            # From the start of a sector on: maybe refused for what would be kept, never cut off.
+            start = start // probe.SECTOR * probe.SECTOR
+            tail = replace(topmost.layer, offset=start, size=end - start)
+            return self._first_data(tail, end - start, start)
         return next((at for at, _data in file_copy.nonzero_data(topmost.fd, start, end, self._watch)), -1)
+
+    def _first_data(self, layer: Layer, length: int, start: int) -> int:
+        """Offset of the first that is not zero in a part of a volume on the network, -1 for none."""
+        nothing = {"driver": "raw", "file": {"driver": "null-co", "size": length, "read-zeroes": True}}
+        arguments = qemu_img.compare_nodes(layer.node, nothing, [layer])
+        what = self.layers[0].what
+        status, out = self.qemu.run(arguments, {layer.fd: what}, f"looking at {what}", self._watch, accept=(0, 1))
+        found = re.search("offset ([0-9]+)", out)
+        return -1 if status == 0 else start + (int(found.group(1)) if found else 0)
 
     def _content_equal(self, target: Image) -> bool:
         names = {image.fd: image.what for image in self.layers}
@@ -601,6 +735,8 @@ class Scene:
         """
         if step.preallocation in ("falloc", "full"):
             return step.capacity
+        if step.backing is not None and step.qcow2 is None:
+            return 0
         if step.backing is not None and step.qcow2 is not None:
             # Three clusters of tables, and an L1 table: 8 bytes for each cluster full of entries of 8 bytes.
             return 4 * step.qcow2.cluster_size + step.capacity // (step.qcow2.cluster_size**2 // 8) * 8
@@ -608,7 +744,7 @@ class Scene:
             return 0
         topmost = self.layers[0]
         available = self.pool.available()
-        if topmost.image.format == "raw" or step.route == "copy":
+        if topmost.network is None and (topmost.image.format == "raw" or step.route == "copy"):
             end = guards.length(topmost.fd)
             if topmost.image.format == "raw":
                 end = min(end, step.capacity)
@@ -632,7 +768,7 @@ class Scene:
         return max(self._space_taken(step) + reserved - self.pool.available(), 0)
 
     def _space_taken(self, step: Create) -> int:
-        if isinstance(self.pool, DevicePool):
+        if isinstance(self.pool, DevicePool) and not isinstance(self.pool, RbdPool):
             return self.pool.space_for(step.capacity, self.target_device)
         if step.route == "libvirt" or (step.route not in ("blank", "link") and step.unshared is None):
             return 0
@@ -664,6 +800,8 @@ class Scene:
         if isinstance(self.pool, DevicePool):
             return f"the target is a volume of a {self.pool.type} pool"
         source, target = self.layers[0].fd, self.pool.fd
+        if self.layers[0].network is not None:
+            return "the source is on the network"
         if self.layers[0].block:
             return "the source is a block device"
         kind = guards.file_system(source)
@@ -691,6 +829,11 @@ class Scene:
             return "another file has its name by now"
         who = self._users_now(name)
         return f"it is open by {who}" if who else ""
+
+
+def _parents(pool: NetworkPool, volume: Device) -> t.List[Device]:
+    """What lies below a volume on the network, the nearest first."""
+    return list(pool.parents(volume)) if isinstance(pool, RbdPool) and isinstance(volume, RbdImage) else []
 
 
 def _close_all(opened: t.List[OpenImage]) -> None:

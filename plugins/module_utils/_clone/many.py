@@ -20,12 +20,13 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 from .._errors import CloneError, from_os_error
+from .._pools.devices import DevicePool
 from .._transfer import guards, locks, staging
 from . import executor, planner, result
 from .facts import OpenImage, Scene
 from .planner import Create, Facts, Plan
 from .request import Request
-from .work import Transfer, held, refuse_in_use, source_checked
+from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked
 
 # Volumes that are made together; each holds three descriptors meanwhile.
 _BATCH = 250
@@ -63,7 +64,7 @@ class Job:
     @property
     def stages(self) -> bool:
         """Whether the new volume is a file to be staged; the others are made one by one."""
-        return self.creates is not None and self.creates.route not in ("device", "libvirt")
+        return self.creates is not None and self.creates.route != "libvirt" and not isinstance(self.scene.pool, DevicePool)
 
     def attempt(self, work: t.Callable[[], None]) -> None:
         """Do something for this volume alone: if it fails, that is this volume's error."""
@@ -175,6 +176,7 @@ def _create_all(first: Scene, jobs: t.Sequence[Job]) -> None:
             staging.sync_all([t.cast(staging.Staging, job.staged).fd for job in whole])
             expect_sound()
             hold.finish()
+            refuse_other_source(first)
             for job in whole:
                 job.attempt(functools.partial(_name, job))
             os.fsync(first.pool.fd)

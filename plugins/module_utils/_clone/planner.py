@@ -77,6 +77,8 @@ class SourceFacts:
     outside: str = ""
     #: whether only qemu-img reaches it, by network
     network: bool = False
+    #: why there can be no linked clone of it in the target's pool
+    unlinkable: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ class Create:
     """Make a new volume and publish it, in place of an old one when ``replaces``.
 
     ``route``: ``copy`` copies the file as it is and grows it, ``convert`` has qemu-img write it, ``libvirt`` has libvirt;
-    ``link`` makes an overlay of the source; ``blank`` has no source; ``device`` fills a device, from a source if there is one.
+    ``link`` makes an overlay of the source, or a child of it where the pool makes those; ``blank`` has no source; ``device``
+    fills a device, from a source if there is one.
     """
 
     route: str
@@ -194,11 +197,16 @@ class Grow:
 
 
 @dataclass(frozen=True)
+class Flatten:
+    """Have a volume, which its pool has linked to another, stand alone."""
+
+
+@dataclass(frozen=True)
 class SetPermissions:
     owner: Ownership
 
 
-Step = t.Union[Create, Grow, SetPermissions]
+Step = t.Union[Create, Grow, Flatten, SetPermissions]
 
 
 @dataclass(frozen=True)
@@ -232,7 +240,7 @@ class Plan:
             elif isinstance(step, Create):
                 names.append("replaced" if step.replaces else "created")
             else:
-                names.append("grown" if isinstance(step, Grow) else "permissions")
+                names.append({Flatten: "flattened", Grow: "grown", SetPermissions: "permissions"}[type(step)])
         return names
 
     def _done_along(self) -> t.List[str]:
@@ -315,7 +323,13 @@ def target_format(request: Request, source: t.Optional[Image]) -> t.Optional[str
 def _refuse_linked(request: Request, facts: Facts) -> None:
     """What a linked clone can never be, whether or not it exists already."""
     source = facts.source
-    if request.format not in (None, "qcow2"):
+    if source.unlinkable:
+        raise CloneError(
+            "NO_SUPPORT",
+            f"clone_type=linked is not possible for {_what(facts)}, which is of type {facts.pool.type}, and {source.what}:"
+            f" {source.unlinkable}; clone_type=full is",
+        )
+    if request.format not in (None, "qcow2") and not facts.pool.able.devices:
         raise CloneError("CONFIG_UNSUPPORTED", f"format: {_what(facts)} cannot be {request.format}: a linked clone is qcow2")
     if request.preallocation != "off":
         # As libvirt says in its storage_util.c: "metadata preallocation conflicts with backing store".
@@ -379,14 +393,19 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
         _refuse_in_use(facts, "replaced")
         return _replacement(request, facts)
 
-    if request.flatten and facts.target.needs_origin:
+    if request.flatten and facts.target.needs_origin and not facts.pool.able.linked:
         raise CloneError("NO_SUPPORT", f"{_what(facts)} is a snapshot, which a pool of type {facts.pool.type} cannot flatten")
-    if request.flatten and image.backing is not None:
+    devices = facts.pool.able.devices
+    if request.flatten and image.backing is not None and not devices:
         return _flattening(request, facts, image)
     before = _state(facts.target, image)
     warnings = []
     steps: t.List[Step] = []
     after = before
+    if request.flatten and image.backing is not None:
+        _refuse_in_use(facts, "flattened")
+        steps.append(Flatten())
+        after = replace(after, backing=None)
     wanted = _stated_capacity(request, facts, image.format)
     if wanted is not None and image.capacity < wanted:
         steps.append(_growth(request, facts, image, wanted))
@@ -796,7 +815,8 @@ def _route(
     request: Request, facts: Facts, source: Image, image_format: str, capacity: int, features: t.Optional[Qcow2Features]
 ) -> str:
     if request.linked:
-        _refuse_header(facts, t.cast(Qcow2Features, features))
+        if features is not None:
+            _refuse_header(facts, features)
         return "link"
     if request.method == "libvirt":
         if facts.pool.type == "directory" or facts.source.pool is None or facts.source.pool.startswith("/"):

@@ -11,6 +11,7 @@ import typing as t
 from dataclasses import replace
 
 from .._errors import CloneError
+from .._pools.devices import DevicePool
 from .._transfer import file_copy
 from .._volumes import entry
 from .planner import Backing, Create, Facts, Plan, SourceFacts, State
@@ -28,8 +29,9 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
     path = os.path.join(facts.pool.path, facts.name) if facts.pool.path else None
     there = not (scene.check_mode and created)
     devices = facts.pool.able.devices
-    if scene.target_device is not None:
-        path = scene.target_device.path
+    pool = scene.pool if not facts.pool.missing else None
+    if isinstance(pool, DevicePool):
+        path = scene.target_device.path if scene.target_device else pool.path_of(facts.name)
     on_disk = _stat(path) if path and there and not devices else None
     after = plan.after
     if on_disk is not None and not scene.check_mode:
@@ -39,10 +41,10 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
             facts.pool.name,
             facts.name,
             path,
-            kind="block" if devices else "file",
+            kind=pool.volume_type if isinstance(pool, DevicePool) else "file",
             image_format=after.format,
             capacity=after.capacity,
-            allocation=on_disk.st_blocks * 512 if on_disk else after.capacity if devices and there else None,
+            allocation=on_disk.st_blocks * 512 if on_disk else _allocation(scene, facts, plan) if there else None,
             physical=on_disk.st_size if on_disk else after.capacity if devices and there else None,
             backing=_backing(after.backing),
             owner=(after.uid, after.gid, after.mode),
@@ -125,6 +127,17 @@ def _source(source: SourceFacts) -> t.Dict[str, t.Any]:
         "format": source.image.format if source.image else None,
         "capacity": source.image.capacity if source.image else None,
     }
+
+
+def _allocation(scene: Scene, facts: Facts, plan: Plan) -> t.Optional[int]:
+    if facts.pool.missing or not isinstance(scene.pool, DevicePool):
+        return None
+    if any(isinstance(step, Create) and step.route == "link" for step in plan.steps):
+        # All that it reads is its source's.
+        return 0
+    changed = plan.steps and not scene.check_mode
+    volume = scene.pool.volume(facts.name) if changed else scene.target_device
+    return scene.pool.allocation(volume) if volume is not None else None
 
 
 def _backing(backing: t.Optional[Backing]) -> t.Optional[t.Dict[str, t.Any]]:

@@ -54,6 +54,13 @@ def source_checked(scene: Scene) -> t.Iterator[t.Callable[[], None]]:
             raise
 
 
+def refuse_other_source(scene: Scene) -> None:
+    """What this host cannot hold still, on the network, has to be as it was when it was looked at."""
+    why = scene.source_disturbed()
+    if why:
+        raise CloneError("IN_USE", why)
+
+
 def source_layers(scene: Scene, step: Create) -> t.List[Layer]:
     """The source as far as it is cloned: only raw ones are shrunk, and only where nothing but zeros is cut off."""
     layers = [image.layer for image in scene.layers]

@@ -35,7 +35,7 @@ class Layer:
     ``size`` limits a raw layer to that many bytes (a multiple of 512) from ``offset`` on; None is all that follows.
 
     ``network`` is for what is no file here: qemu's options of that image. ``fd`` is then a file that holds its key, and no
-    command line does: the options name it by :func:`key_of`.
+    command line does: the options name it by its path, or by :func:`key_of` where qemu itself shall read it as a secret.
     """
 
     fd: int
@@ -72,7 +72,7 @@ def key_of(fd: int) -> str:
 def _secrets(layers: t.Iterable[Layer]) -> t.List[str]:
     arguments = []
     for layer in layers:
-        if layer.network is not None:
+        if layer.network is not None and key_of(layer.fd) in layer.network.values():
             arguments += ["--object", f"secret,id={key_of(layer.fd)},format=base64,file={layer.path}"]
     return arguments
 
@@ -203,6 +203,11 @@ def info(layer: Layer) -> t.List[str]:
 def compare(layers: t.Sequence[Layer], target: t.Sequence[Layer]) -> t.List[str]:
     nodes = ("json:" + json.dumps(source_node(side)) for side in (layers, target))
     return ["compare", "-q", "-U", *_secrets({layer.fd: layer for layer in (*layers, *target)}.values()), *nodes]
+
+
+def compare_nodes(node: t.Mapping[str, t.Any], other: t.Mapping[str, t.Any], layers: t.Iterable[Layer]) -> t.List[str]:
+    """Of two nodes made of ``layers``; says where the first difference is."""
+    return ["compare", "-U", *_secrets(layers), *("json:" + json.dumps(side) for side in (node, other))]
 
 
 def measure(layers: t.Sequence[Layer], target_format: str, options: t.List[str]) -> t.List[str]:

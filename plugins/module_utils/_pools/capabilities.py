@@ -43,7 +43,9 @@ _OF_TYPE = {
     "netfs": _FILES,
     "logical": Capabilities(create=True, clone=True, grow=True, delete=True, formats=("raw",), staging="rename"),
     "disk": Capabilities(create=True, clone=True, delete=True, formats=("raw",), staging="mark"),
+    "rbd": Capabilities(create=True, clone=True, linked=True, grow=True, delete=True, formats=("raw",), staging="rename"),
     "iscsi": _LUNS,
+    "iscsi-direct": _LUNS,
     "scsi": _LUNS,
 }
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from .. import _process, _xml
 from .._deadline import Deadline
 from .._errors import CloneError
+from .._images.qemu_img import Layer
 from .._names import is_staged_name
 from .._transfer import guards, locks
 from .._transfer.device import is_marked
@@ -58,6 +59,9 @@ class Device:
         """Its capacity, less what was added by a run that was killed before it zeroed that."""
         return self.capacity if self.zero_from is None else min(self.capacity, self.zero_from)
 
+    #: what is the same only for the same volume, where no device of this host tells
+    identity: t.Tuple[str, ...] = ()
+
 
 class DevicePool(LibvirtPool):
     """A pool without a directory of its own. What it makes is described by its entry in ``capabilities``."""
@@ -68,6 +72,10 @@ class DevicePool(LibvirtPool):
     volume_type = "block"
     #: whether volumes that are lost without another are deleted with it
     removes_dependents = False
+    #: whether no volume that others depend on is ever deleted
+    refuses_dependents = False
+    #: whether its volumes are reached by the network alone, and so are no device of this host
+    network = False
 
     def open(self) -> int:
         """There is nothing to open."""
@@ -221,9 +229,36 @@ class DevicePool(LibvirtPool):
         """Held by who changes which volumes there are, in a pool that bears only one at a time."""
         yield
 
+    @contextmanager
+    def opened(self, volume: Device, what: str) -> t.Iterator[Layer]:
+        """The volume for writing, durable at the end."""
+        fd = os.open(os.path.realpath(volume.path), os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield Layer(fd, "raw", block=True)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def make(self, name: str, capacity: int) -> None:
         """Make a volume; nobody has said yet what it reads as."""
         raise NotImplementedError
+
+    def staged(self, capacity: int, like: t.Optional[Device]) -> t.ContextManager[Device]:
+        """A new volume under a name that the next run knows as unfinished; it goes where it was not published."""
+        raise NotImplementedError
+
+    def publish(self, staged: str, name: str, replaces: bool) -> None:
+        """Give a staged volume its name.
+
+        :raises FileExistsError: when the name is taken and ``replaces`` is not set
+        """
+        raise NotImplementedError
+
+    def grow(self, device: Device, capacity: int) -> None:
+        raise NotImplementedError
+
+    def zeroed(self, device: Device) -> None:
+        """What a volume was grown by reads as zeros now."""
 
     def remove(self, name: str) -> None:
         with translated(f"deleting volume {name!r} of pool {self.name!r}"):

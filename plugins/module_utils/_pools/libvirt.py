@@ -212,12 +212,11 @@ class Connection:
 
     def users_among(self, paths: t.Collection[str], pool: str) -> str:
         """Running domains that have a disk on one of these block devices, or name a volume of the pool as a disk."""
-        wanted = {_device_number(path) for path in paths} - {None}
+        wanted = {device_number(path) for path in paths} - {None}
         found = [
             f"domain {name!r}"
             for name, document in self._running_domains()
-            if pool in _xml.domain_pools(document)
-            or any(_device_number(disk) in wanted for disk in _xml.domain_disks(document))
+            if pool in _xml.domain_pools(document) or any(device_number(disk) in wanted for disk in _xml.domain_disks(document))
         ]
         return ", ".join(found[:3])
 
@@ -233,6 +232,24 @@ class Connection:
             for number in {number for number in used if number is not None}:
                 found.setdefault(number, []).append(f"domain {name!r}")
         return found
+
+    def users_of_network(
+        self, protocol: str, path: str, hosts: t.Sequence[t.Tuple[str, t.Optional[int]]], pool: str, volume: str
+    ) -> str:
+        """Running domains that have a disk, or a layer of one, on a volume that is reached by the network.
+
+        :param path: what libvirt calls it in a disk: ``pool/image`` or ``iqn/lun``
+        :param hosts: of the pool; a domain may name others of the same cluster too
+        """
+        wanted = _xml.NetworkDisk(protocol, path)
+        ours = {host for host, _port in hosts}
+        found = []
+        for name, document in self._running_domains():
+            disks = _xml.domain_network_disks(document)
+            same = any(disk == wanted and (not disk.hosts or ours & set(disk.hosts)) for disk in disks)
+            if same or (pool, volume) in _xml.domain_volumes(document):
+                found.append(f"domain {name!r}")
+        return ", ".join(found[:3])
 
     def _running_domains(self) -> t.Iterator[t.Tuple[str, str]]:
         """Name and document of each."""
@@ -255,6 +272,11 @@ class Connection:
                     # It has ended since it was listed.
                     continue
             yield found
+
+
+def is_busy(message: str) -> bool:
+    """Whether libvirt says no only because jobs run in the pool."""
+    return any(text in message for text in _BUSY)
 
 
 def _identity(path: str) -> t.Optional[t.Tuple[int, int]]:
@@ -400,7 +422,7 @@ class LibvirtPool(DirectoryPool):
             try:
                 answers.append(call())
             except libvirt.libvirtError as exc:
-                if not any(text in exc.get_error_message() for text in _BUSY):
+                if not is_busy(exc.get_error_message()):
                     raise
             return bool(answers)
 
@@ -463,6 +485,7 @@ def _error(exc: t.Any, doing: str) -> CloneError:
 
 def _class_of(pool_type: str) -> t.Type[LibvirtPool]:
     # These are libvirt's pools too.
-    from .devices import CLASSES  # pylint: disable=import-outside-toplevel
+    from . import devices, iscsi_direct, rbd  # pylint: disable=import-outside-toplevel
 
-    return CLASSES.get(pool_type, LibvirtPool)
+    classes = {**devices.CLASSES, "rbd": rbd.RbdPool, "iscsi-direct": iscsi_direct.IscsiDirectPool}
+    return classes.get(pool_type, LibvirtPool)

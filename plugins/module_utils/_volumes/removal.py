@@ -78,6 +78,8 @@ class Facts:
     not_wipeable: str = ""
     #: whether its pool deletes the dependents too
     deleted_along: bool = False
+    #: whether its pool deletes no volume that has dependents, whatever a task says
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def plan(request: Removal, facts: Facts) -> Plan:
     warnings = []
     if facts.dependents:
         depend = entry.depend(facts.dependents)
+        if facts.bound:
+            raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: {depend}")
         if not request.force:
             forced = "deletes those too" if facts.deleted_along else "deletes it all the same"
             raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: {depend}; force=true {forced}")
@@ -420,6 +424,7 @@ class _Device(_Scene):
             volume=devices.describe(pool, volume, list(volumes.values())),
             dependents=tuple(dependents),
             deleted_along=pool.removes_dependents,
+            bound=pool.refuses_dependents,
             users=self._users([volumes[one] for one in (name, *dependents) if one in volumes], patiently),
             not_wipeable=pool.cannot_wipe(volume) if self.request.wipe is not None else "",
         )

@@ -1,0 +1,510 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Images of a Ceph pool, which libvirt calls an rbd pool.
+
+Monitors, user and key are those of libvirt's pool and its secret, as libvirt itself reads no ceph.conf for a pool. They are
+given to ``rbd`` and to qemu-img as a ceph.conf in memory, so that the key stands on no command line and in no file. Images are
+made, renamed, grown and linked by the ``rbd`` command: a process that can be ended, which librbd in ours could not.
+"""
+
+from __future__ import annotations
+
+import calendar
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+import typing as t
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .. import _process
+from .._deadline import Deadline
+from .._errors import CloneError
+from .._images.qemu_img import Layer
+from .._names import is_staged_name
+from .._transfer import locks
+from .devices import Device
+from .network import NetworkPool, as_base64, memory
+
+#: A snapshot that linked clones are made from. Ours alone: no other is ever removed.
+_BASE = re.compile("virtforge-base-([0-9]+)")
+# As libvirt has them (storage_backend_rbd.c): without the first two a client with a wrong key would try for five minutes.
+_PATIENCE = {"client mount timeout": "30", "rados mon op timeout": "30"}
+# Only for the rbd command: data may have to wait for longer, while the cluster repairs itself.
+_OSD_PATIENCE = "--rados_osd_op_timeout=30"
+# Seconds for cleaning up after a cluster that does not answer; the next run sweeps what is left.
+_CLEANING = 5.0
+# Seconds after which an unfinished image of another host, which no client has open, is nobody's.
+_ABANDONED = 3600
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What an image is a linked clone of."""
+
+    pool: str
+    namespace: str
+    image: str
+    snapshot: str
+
+    @property
+    def place(self) -> t.Tuple[str, str]:
+        return self.pool, self.namespace
+
+
+@dataclass(frozen=True)
+class RbdImage(Device):
+    parent: t.Optional[Parent] = None
+    fast_diff: bool = False
+    created: str = ""
+    modified: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    id: int
+    name: str
+    size: int
+    protected: bool
+
+    @property
+    def ours(self) -> bool:
+        return _BASE.fullmatch(self.name) is not None
+
+
+class RbdPool(NetworkPool):
+    """``place`` is a pool of Ceph and a namespace in it."""
+
+    secret_type = 2  # VIR_SECRET_USAGE_TYPE_CEPH
+    refuses_dependents = True
+
+    @property
+    def place(self) -> t.Tuple[str, str]:
+        pool, _slash, namespace = (self.access.name or self.name).partition("/")
+        return pool, namespace
+
+    def path_of(self, name: str) -> str:
+        return f"{self.access.name or self.name}/{name}"
+
+    def volume(self, name: str) -> t.Optional[RbdImage]:
+        return self._image(self.place, name)
+
+    def _names(self) -> t.List[str]:
+        """libvirt learns of what others made only when it looks again."""
+        return t.cast(
+            t.List[str],
+            json.loads(self._rbd(f"listing the volumes of pool {self.name!r}", "ls", *_in(self.place), "--format=json")),
+        )
+
+    def below(self, volume: Device, volumes: t.Sequence[Device]) -> t.List[Device]:
+        return list(self.parents(t.cast(RbdImage, volume)))
+
+    def allocation(self, volume: Device) -> int:
+        """As libvirt does: asked only where Ceph has it counted."""
+        if not t.cast(RbdImage, volume).fast_diff:
+            return volume.capacity
+        doing = f"looking at volume {volume.name!r} of pool {self.name!r}"
+        used = json.loads(self._rbd(doing, "du", *_at(self.place, volume.name), "--format=json"))
+        # A line for each snapshot, and the last for the image itself.
+        return int(used["images"][-1]["used_size"])
+
+    def layer(self, volume: Device) -> Layer:
+        fd = self._configuration()
+        pool, namespace = self.place
+        node = {"driver": "rbd", "pool": pool, "image": volume.name, "conf": f"/proc/self/fd/{fd}"}
+        if namespace:
+            node["namespace"] = namespace
+        if self.access.user:
+            node["user"] = self.access.user
+        return Layer(fd, "raw", network=node)
+
+    def users(self, name: str) -> str:
+        """Clients that watch it: whoever opens an image for writing does, on whatever host; 30 s longer if it is killed."""
+        domains = self._connection.users_of_network("rbd", self.path_of(name), self.access.hosts, self.name, name)
+        watchers = self._watchers(name)
+        return domains or (f"the client of Ceph at {', '.join(watchers[:3])}" if watchers else "")
+
+    def changes(self, volume: t.Optional[Device]) -> t.Tuple[str, ...]:
+        """Ceph notes the time of a change once a minute (rbd_mtime_update_interval); in between, only watchers tell."""
+        return (*volume.identity, str(volume.capacity), volume.modified) if isinstance(volume, RbdImage) else ()
+
+    def _watchers(self, name: str) -> t.List[str]:
+        doing = f"looking at volume {name!r} of pool {self.name!r}"
+        try:
+            status = json.loads(self._rbd(doing, "status", *_at(self.place, name), "--format=json"))
+        except FileNotFoundError:
+            return []
+        return [watcher["address"] for watcher in status["watchers"]]
+
+    def dependents(self, name: str) -> t.List[str]:
+        """Linked clones of it, and snapshots that others have made: with any of them it cannot go."""
+        doing = f"looking for what depends on volume {name!r} of pool {self.name!r}"
+        try:
+            children = self._children(doing, *_at(self.place, name), "--all")
+        except FileNotFoundError:
+            return []
+        foreign = [f"{name}@{snapshot.name}" for snapshot in self._snapshots(self.place, name) if not snapshot.ours]
+        return sorted(children + foreign)
+
+    def _children(self, doing: str, *which: str) -> t.List[str]:
+        """Unfinished ones are not counted: they are swept, or wait for us."""
+        found = []
+        for child in json.loads(self._rbd(doing, "children", *which, "--format=json")):
+            if not is_staged_name(child["image"]):
+                place = (child["pool"], child.get("pool_namespace", ""))
+                found.append(child["image"] if place == self.place else "/".join((*filter(None, place), child["image"])))
+        return found
+
+    # --- new images -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def staged(self, capacity: int, like: t.Optional[Device]) -> t.Iterator[RbdImage]:
+        doing = f"making an image in pool {self.name!r}"
+
+        def make(name: str) -> None:
+            self._rbd(doing, "create", *_at(self.place, name), f"--size={capacity}B")
+
+        with self._staged(make, capacity) as image:
+            yield image
+
+    @contextmanager
+    def staged_link(self, capacity: int, source: RbdPool, name: str) -> t.Iterator[RbdImage]:
+        """A linked clone of a volume of ``source``, a pool of the same cluster."""
+
+        def make(staged: str) -> None:
+            if self._link(source, name, staged) != capacity:
+                self.grow(Device(staged, self.path_of(staged), 0), capacity)
+
+        with self._staged(make, capacity) as image:
+            yield image
+
+    @contextmanager
+    def _staged(self, make: t.Callable[[str], None], capacity: int) -> t.Iterator[RbdImage]:
+        """A new image under a name that the next run knows as unfinished; it goes where it was not published."""
+        self._sweep()
+        name = f".virtforge-{_this_host()}{secrets.token_hex(4)}.tmp"
+        with locks.Locks([], [self.lock_key(name)], Deadline(60, "lock_timeout"), "making an RBD image"):
+            try:
+                make(name)
+                yield RbdImage(name, self.path_of(name), capacity)
+            except BaseException:
+                self._clean_up(name)
+                raise
+
+    def _clean_up(self, name: str) -> None:
+        """As far as the cluster answers soon. A client that was ended is a watcher for a while: the next run tries again."""
+        before = self.deadline
+        try:
+            self.deadline = Deadline(_CLEANING, "timeout")
+            self.remove(name)
+        except (CloneError, FileNotFoundError):
+            pass
+        finally:
+            self.deadline = before
+
+    def _sweep(self) -> None:
+        """Delete what dead runs have left unfinished.
+
+        One of this host's is dead when its lock is free. Another host's cannot be told to be so: while it fills the image it is
+        a watcher; what nobody has open, and is an hour old, is taken to be abandoned.
+        """
+        for name in json.loads(self._rbd(f"listing pool {self.name!r}", "ls", *_in(self.place), "--format=json")):
+            if not is_staged_name(name) or self._watchers(name):
+                continue
+            if not name.startswith(f".virtforge-{_this_host()}"):
+                image = self.volume(name)
+                if image is not None and time.time() - _seconds(image.created) > _ABANDONED:
+                    self._clean_up(name)
+                continue
+            try:
+                with locks.Locks([], [self.lock_key(name)], Deadline(0, "lock_timeout"), ""):
+                    self._clean_up(name)
+            except CloneError:
+                continue
+
+    def publish(self, staged: str, name: str, replaces: bool) -> None:
+        """Give a staged image its name.
+
+        :raises FileExistsError: when the name is taken and ``replaces`` is not set: of two hosts, one creates
+        """
+        old = f".virtforge-{_this_host()}{secrets.token_hex(4)}.tmp"
+        replaces = replaces and self.volume(name) is not None
+        if replaces:
+            # Killed in between, there is none, and the next run makes one.
+            self._rename(name, old)
+        try:
+            self._rename(staged, name)
+        except BaseException:
+            if replaces and self.volume(name) is None:
+                self._rename(old, name)
+            raise
+        if replaces:
+            self.remove(old)
+
+    def _rename(self, name: str, other: str) -> None:
+        pool, namespace = self.place
+        where = [f"--dest-pool={pool}", *([f"--dest-namespace={namespace}"] if namespace else []), f"--dest={other}"]
+        self._rbd(f"naming the image {other!r} of pool {self.name!r}", "rename", *_at(self.place, name), *where)
+
+    def grow(self, device: Device, capacity: int) -> None:
+        """What is added reads as zeros."""
+        doing = f"growing volume {device.name!r} of pool {self.name!r}"
+        self._rbd(doing, "resize", *_at(self.place, device.name), f"--size={capacity}B", "--no-progress")
+
+    def zeroed(self, device: Device) -> None:
+        """There is nothing to be noted."""
+
+    def remove(self, name: str) -> None:
+        """Delete an image, with the snapshots that we have made of it, and the one of its parent that it was the last child of.
+
+        :raises CloneError: ``OPERATION_INVALID`` for one that has other snapshots, or linked clones
+        """
+        what = f"volume {name!r} of pool {self.name!r}"
+        image = self.volume(name)
+        if image is None:
+            raise CloneError("NO_STORAGE_VOL", f"{what} does not exist")
+        snapshots = self._snapshots(self.place, name)
+        foreign = ", ".join(repr(snapshot.name) for snapshot in snapshots if not snapshot.ours)
+        if foreign:
+            raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: it has snapshots, {foreign}; delete them first")
+        for snapshot in snapshots:
+            if not self._drop(self.place, name, snapshot.name):
+                raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: linked clones depend on it")
+        self._rbd(f"deleting {what}", "rm", *_at(self.place, name), "--no-progress")
+        self._release(image.parent)
+
+    # --- linked clones ----------------------------------------------------------------------------------------------------
+
+    def cannot_link(self, source: t.Optional[t.Any]) -> str:
+        if not isinstance(source, RbdPool):
+            return "it is no volume of an rbd pool"
+        if not {host for host, _port in self.access.hosts} & {host for host, _port in source.access.hosts}:
+            monitors = [host for host, _port in (*self.access.hosts, *source.access.hosts)]
+            return f"the two pools name none of the same monitors ({', '.join(monitors)})"
+        return ""
+
+    def path_of_parent(self, parent: Parent) -> str:
+        """As libvirt would have it."""
+        return "/".join((*filter(None, parent.place), parent.image))
+
+    def parents(self, image: t.Optional[RbdImage]) -> t.List[RbdImage]:
+        """All that lies below an image, the nearest first."""
+        found: t.List[RbdImage] = []
+        while image is not None and image.parent is not None and len(found) < 64:
+            image = self._image(image.parent.place, image.parent.image)
+            if image is not None:
+                found.append(image)
+        return found
+
+    def _link(self, source: RbdPool, name: str, staged: str) -> int:
+        """Make a linked clone; the capacity that it has.
+
+        Which of its two kinds of clones Ceph makes is its own setting (rbd_default_clone_format).
+
+        So the snapshot is protected, which the older kind needs and the newer does not mind. As long as there are children of
+        the older kind it can neither be unprotected nor removed; removed under one of the newer kind, it stays in the trash.
+        """
+        pool, namespace = self.place
+        where = [f"--dest-pool={pool}", *([f"--dest-namespace={namespace}"] if namespace else []), f"--dest={staged}"]
+        doing = f"making a linked clone of volume {name!r} of pool {source.name!r}"
+        for last in (False, False, True):
+            snapshot, capacity = source._base(name)
+            try:
+                self._rbd(doing, "clone", *_at(source.place, name), f"--snap={snapshot}", *where)
+                break
+            except FileNotFoundError as exc:
+                # Another host has removed the last other child, and the snapshot with it.
+                if last:
+                    raise CloneError("IN_USE", f"{doing} failed: {exc.strerror}") from exc
+        return capacity
+
+    def _base(self, name: str) -> t.Tuple[str, int]:
+        """A protected snapshot of ours that reads as the volume does now, made unless there is one: name and capacity.
+
+        As libvirt's own clone does it (virStorageBackendRBDCloneImage): with fast-diff a look at a map, else at each object.
+        """
+        doing = f"making a snapshot of volume {name!r} of pool {self.name!r}"
+        image = self.volume(name)
+        if image is None:
+            raise CloneError("NO_STORAGE_VOL", f"volume {name!r} of pool {self.name!r} does not exist")
+        ours = [snapshot for snapshot in self._snapshots(self.place, name) if snapshot.ours]
+        newest = max(ours, key=lambda snapshot: snapshot.id) if ours else None
+        if newest is not None and newest.size == image.capacity:
+            how = (f"--from-snap={newest.name}", "--whole-object", "--format=json")
+            if not json.loads(self._rbd(doing, "diff", *_at(self.place, name), *how)):
+                if not newest.protected:
+                    self._protect(doing, name, newest.name)
+                return newest.name, newest.size
+        numbers = [int(t.cast(t.Any, _BASE.fullmatch(snapshot.name)).group(1)) for snapshot in ours]
+        made = f"virtforge-base-{max(numbers, default=0) + 1}"
+        try:
+            self._rbd(doing, "snap", "create", *_at(self.place, name), f"--snap={made}", "--no-progress")
+        except FileExistsError:
+            # Another host has just made it, of the same data: nobody is writing to the source.
+            pass
+        self._protect(doing, name, made)
+        for snapshot in ours:
+            self._release(Parent(*self.place, name, snapshot.name))
+        return made, image.capacity
+
+    def _protect(self, doing: str, name: str, snapshot: str) -> None:
+        self._rbd(doing, "snap", "protect", *_at(self.place, name), f"--snap={snapshot}", accept=(errno.EBUSY,))
+
+    def flatten(self, name: str) -> None:
+        image = self.volume(name)
+        doing = f"flattening volume {name!r} of pool {self.name!r}"
+        self._rbd(doing, "flatten", *_at(self.place, name), "--no-progress", patient=True)
+        self._release(image.parent if image else None)
+
+    def _release(self, parent: t.Optional[Parent]) -> None:
+        """Remove a snapshot of ours when its last child is gone."""
+        if parent is None or _BASE.fullmatch(parent.snapshot) is None:
+            return
+        doing = f"removing a snapshot of image {parent.image!r}"
+        try:
+            if not json.loads(self._rbd(doing, "children", *_of(parent), "--all", "--format=json")):
+                self._drop(parent.place, parent.image, parent.snapshot)
+        except FileNotFoundError:
+            return
+
+    def _drop(self, place: t.Tuple[str, str], name: str, snapshot: str) -> bool:
+        """Whether the snapshot is gone: it is not while there are children."""
+        which = (*_at(place, name), f"--snap={snapshot}")
+        doing = f"removing a snapshot of image {name!r}"
+        try:
+            # EINVAL: it is not protected.
+            self._rbd(doing, "snap", "unprotect", *which, accept=(errno.EINVAL,))
+            self._rbd(doing, "snap", "rm", *which, "--no-progress")
+        except FileNotFoundError:
+            pass
+        except CloneError as exc:
+            if exc.code != "IN_USE":
+                raise
+            return False
+        return True
+
+    # --- the rbd command --------------------------------------------------------------------------------------------------
+
+    def _image(self, place: t.Tuple[str, str], name: str) -> t.Optional[RbdImage]:
+        doing = f"looking at volume {name!r} of pool {self.name!r}"
+        if "@" in name:
+            raise CloneError("INVALID_ARG", f"name: {name!r} contains '@'; no volume of an rbd pool can have that name")
+        try:
+            found = json.loads(self._rbd(doing, "info", *_at(place, name), "--format=json"))
+        except FileNotFoundError:
+            return None
+        above = found.get("parent")
+        parent = Parent(above["pool"], above.get("pool_namespace", ""), above["image"], above["snapshot"]) if above else None
+        created = found.get("create_timestamp", "")
+        return RbdImage(
+            name,
+            "/".join((*filter(None, place), name)),
+            int(found["size"]),
+            # Two pools of libvirt may be the same of Ceph, by other names of its monitors.
+            identity=("rbd", *place, found.get("id", ""), created),
+            parent=parent,
+            fast_diff="fast-diff" in found["features"],
+            created=created,
+            modified=found.get("modify_timestamp", ""),
+        )
+
+    def _snapshots(self, place: t.Tuple[str, str], name: str) -> t.List[Snapshot]:
+        doing = f"looking at volume {name!r} of pool {self.name!r}"
+        listed = json.loads(self._rbd(doing, "snap", "ls", *_at(place, name), "--format=json"))
+        return [Snapshot(one["id"], one["name"], one["size"], one["protected"] == "true") for one in listed]
+
+    def _configuration(self) -> int:
+        """A ceph.conf in memory."""
+        access = self.access
+        monitors = [(f"[{host}]" if ":" in host else host) + (f":{port}" if port else "") for host, port in access.hosts]
+        settings = {**_PATIENCE, "mon host": ",".join(monitors), "auth client required": "cephx" if access.user else "none"}
+        settings.update(access.options)
+        if access.user:
+            settings["key"] = as_base64(self.key()).decode()
+        lines = []
+        for name, value in settings.items():
+            if re.search("[\\0-\x1f]", name + value) or re.search("[=#;\\[]", name):
+                raise CloneError("CONFIG_UNSUPPORTED", f"pool {self.name!r}: its setting {name!r} cannot be given to Ceph")
+            quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+            lines.append(f'{name} = "{quoted}"\n')
+        return memory(("[global]\n" + "".join(lines)).encode())
+
+    def _rbd(self, doing: str, *arguments: str, accept: t.Sequence[int] = (), patient: bool = False) -> str:
+        """Standard output.
+
+        :param accept: errors that are none here
+        :param patient: for what moves data
+        :raises FileNotFoundError: for an image or snapshot that does not exist
+        :raises FileExistsError: for one that does
+        """
+        program = _process.find("rbd")
+        if program is None:
+            raise CloneError("MISSING_DEPENDENCY", f"pool {self.name!r}: rbd is not installed (package ceph-common)")
+        deadline, fd = self.deadline, self._configuration()
+        user = ["--id", self.access.user] if self.access.user else []
+        how = [] if patient else [_OSD_PATIENCE]
+        try:
+            command = [program, "--conf", f"/proc/self/fd/{fd}", *user, *how, *arguments]
+            status, out, err = _process.run(command, (fd,), lambda: deadline.check(doing), env={"TZ": "UTC"})
+        finally:
+            os.close(fd)
+        if status and status not in accept:
+            raise self._failure(status, err, doing)
+        return out
+
+    def _failure(self, status: int, stderr: str, doing: str) -> Exception:
+        """Its exit status is an errno, its messages among those of the libraries begin with its name."""
+        text = "; ".join(line[len("rbd: ") :] for line in stderr.splitlines() if line.startswith("rbd: ")) or f"status {status}"
+        if status == errno.ENOENT and "error opening pool" not in text and "couldn't connect" not in text:
+            return FileNotFoundError(status, text)
+        if status == errno.EEXIST:
+            return FileExistsError(status, text)
+        if "couldn't connect" in text:
+            hosts = ", ".join(host for host, _port in self.access.hosts)
+            text = f"no monitor of {hosts} answers, or none takes the key of user {self.access.user!r} ({text})"
+        codes = {
+            errno.EBUSY: "IN_USE",
+            errno.ENOSPC: "NO_SPACE",
+            errno.EDQUOT: "NO_SPACE",
+            errno.EPERM: "OPERATION_DENIED",
+            errno.EACCES: "OPERATION_DENIED",
+            errno.ENOTEMPTY: "OPERATION_INVALID",
+        }
+        return CloneError(codes.get(status, "IO_ERROR"), f"pool {self.name!r}: {doing} failed: {text}")
+
+
+def _in(place: t.Tuple[str, str]) -> t.List[str]:
+    pool, namespace = place
+    return [f"--pool={pool}", *([f"--namespace={namespace}"] if namespace else [])]
+
+
+def _at(place: t.Tuple[str, str], name: str) -> t.List[str]:
+    return [*_in(place), f"--image={name}"]
+
+
+def _of(parent: Parent) -> t.List[str]:
+    return [*_at(parent.place, parent.image), f"--snap={parent.snapshot}"]
+
+
+def _this_host() -> str:
+    """Eight hexadecimal digits that other hosts do not have."""
+    try:
+        with open("/etc/machine-id", "rb") as file:
+            machine = file.read()
+    except OSError:
+        machine = b""
+    return hashlib.sha256(machine + os.fsencode(os.uname().nodename)).hexdigest()[:8]
+
+
+def _seconds(timestamp: str) -> float:
+    """Since 1970, of "Wed Nov 25 18:51:15 2026" in UTC; now, where there is none."""
+    try:
+        return calendar.timegm(time.strptime(timestamp, "%a %b %d %H:%M:%S %Y"))
+    except ValueError:
+        return time.time()
