@@ -23,7 +23,11 @@ CLONE = {"pool": "p", "name": "c", "source": "b"}
         ("storage_pool", {**POOL, "targt_path": "/p"}, "('p'): unknown key targt_path, did you mean target_path?"),
         ("storage_pool", {**POOL, "colour": "blue"}, "('p'): unknown key colour"),
         ("storage_pool", {"type": "dir", "path": "/p"}, ": one of the following is required: name, pool, xml"),
-        ("storage_pool", {**POOL, "type": "directory"}, "('p'): value of type must be one of: dir, fs, netfs, got: directory"),
+        (
+            "storage_pool",
+            {**POOL, "type": "directory"},
+            "('p'): value of type must be one of: dir, fs, netfs, logical, disk, rbd, iscsi, iscsi-direct, scsi, mpath, gluster, zfs, vstorage, got: directory",
+        ),
         ("storage_pool", {**POOL, "state": "gone"}, "('p'): value of state must be one of: present, active, inactive, absent"),
         ("storage_pool", {**POOL, "target_path": "p"}, "('p'): target_path: 'p' is not an absolute path"),
         ("storage_pool", {**POOL, "pool_source": {"device": "/d"}}, "('p'): unknown key pool_source.device, did you mean"),
