@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import typing as t
 _PR_SET_PDEATHSIG = 1
 _MEMORY_LIMIT = 2 << 30
 _CPU_LIMIT = 30
+# Of its memory, librbd's threads would reserve 64 MiB each for themselves (mallopt(3)).
+_ENVIRONMENT = {"LC_ALL": "C", "PATH": os.defpath, "MALLOC_ARENA_MAX": "4"}
 # Loaded before any fork: a child between fork and exec must not import or open anything.
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -49,7 +52,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         pass_fds=tuple(fds),
-        env={**(env or {}), "LC_ALL": "C", "PATH": os.defpath},
+        env={**(env or {}), **_ENVIRONMENT},
         cwd="/",
         preexec_fn=_in_child(os.getpid(), quick, file_limit),  # pylint: disable=subprocess-popen-preexec-fn
     )
@@ -65,6 +68,55 @@ def run(
             process.kill()
             process.communicate()
     return process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+
+
+class Child:
+    """A process that is talked to line by line, and is ended where its answer takes too long.
+
+    Start it from the main thread: with the thread that has started it, it dies.
+    """
+
+    def __init__(self, command: t.Sequence[str], fds: t.Iterable[int]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=tuple(fds),
+            env=_ENVIRONMENT,
+            cwd="/",
+            preexec_fn=_in_child(os.getpid(), False, None),  # pylint: disable=subprocess-popen-preexec-fn
+        )
+
+    def ask(self, line: str, watch: t.Callable[[], None]) -> str:
+        """Its answer to a line; empty when it has ended.
+
+        :param watch: called five times a second while it is waited for; what it raises ends the process
+        """
+        stdin, stdout = t.cast(t.IO[bytes], self._process.stdin), t.cast(t.IO[bytes], self._process.stdout)
+        try:
+            try:
+                stdin.write(line.encode() + b"\n")
+                stdin.flush()
+            except BrokenPipeError:
+                return ""
+            while not select.select([stdout], [], [], 0.2)[0]:
+                watch()
+            # It writes a line at once.
+            return stdout.readline().decode("utf-8", "replace")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._process.kill()
+        # Nothing is left to be written, so that closing has nothing to fail with.
+        for stream in (self._process.stdin, self._process.stdout):
+            try:
+                t.cast(t.IO[bytes], stream).close()
+            except BrokenPipeError:
+                pass
+        self._process.wait()
 
 
 def _in_child(parent: int, quick: bool, file_limit: t.Optional[int]) -> t.Callable[[], None]:

@@ -42,6 +42,8 @@ attributes:
 requirements:
   - C(qemu-img) on the managed host, for all but copies of raw volumes
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt; C(lxml) for O(xml)
+  - C(rados) and C(rbd) for Python, and the block driver rbd of QEMU, on the managed host, for pools of the type C(rbd)
+  - the block driver iscsi of QEMU on the managed host, for pools of the type C(iscsi-direct)
 options:
   pool:
     description:
@@ -222,6 +224,18 @@ seealso:
   - module: community.libvirt.virt_volume
 notes:
   - Without root, and for a pool that belongs to root, use C(become).
+  - Pools of the types C(rbd) and C(iscsi-direct) are reached with what their definition says, and with the secret that libvirt
+    keeps for them, which must not be private. No configuration of Ceph or iSCSI on the managed host is read. The key appears on
+    no command line and in no file.
+  - A new image of an C(rbd) pool has another name until it is whole. A task that is killed leaves that image behind, and a later
+    task for the pool removes it, once Ceph has noticed after half a minute that nobody has it open, and after an hour where
+    another host had made it.
+  - With O(clone_type=linked), a volume of an C(rbd) pool is a child of a snapshot of its source, which has to be in an C(rbd)
+    pool that names the same monitors. The snapshot is called C(virtforge-base-1) and so on. It is made once, protected, and used
+    again for as long as the source stays as it is. It is removed when its last child was deleted or made to stand alone.
+  - Who has an image open for writing, on whatever host, is told by Ceph. What other hosts do with a LUN, nobody tells.
+  - A LUN of an C(iscsi-direct) pool has to exist, and is filled only where O(compare=content), and with O(force=true). Until it
+    is whole it begins with a mark; the next run begins anew where it finds that.
 """
 
 EXAMPLES = r"""
@@ -288,6 +302,20 @@ EXAMPLES = r"""
     method: copy
     bwlimit: 50MiB
     verify: true
+
+- name: A golden image in Ceph, from a file
+  virtforge.libvirt.storage_volume_clone:
+    pool: ceph
+    source_path: /var/tmp/debian-13.qcow2
+    name: debian-13
+
+- name: A disk over the golden image in Ceph, made in no time
+  virtforge.libvirt.storage_volume_clone:
+    pool: ceph
+    source: debian-13
+    name: web1
+    clone_type: linked
+    capacity: 40GiB
 
 - name: The clone that a volume's own XML describes
   virtforge.libvirt.storage_volume_clone:

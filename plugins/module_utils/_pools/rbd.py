@@ -5,19 +5,20 @@
 """Images of a Ceph pool, which libvirt calls an rbd pool.
 
 Monitors, user and key are those of libvirt's pool and its secret, as libvirt itself reads no ceph.conf for a pool. They are
-given to ``rbd`` and to qemu-img as a ceph.conf in memory, so that the key stands on no command line and in no file. Images are
-made, renamed, grown and linked by the ``rbd`` command: a process that can be ended, which librbd in ours could not.
+given to librbd and to qemu-img as a ceph.conf in memory, so that the key stands on no command line and in no file. Images are
+made, renamed, grown and linked by a process that can be ended, :mod:`.rbd_child`.
 """
 
 from __future__ import annotations
 
-import calendar
 import errno
 import hashlib
+import inspect
 import json
 import os
 import re
 import secrets
+import sys
 import time
 import typing as t
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from .._errors import CloneError
 from .._images.qemu_img import Layer
 from .._names import is_staged_name
 from .._transfer import locks
+from . import rbd_child
 from .devices import Device
 from .network import NetworkPool, as_base64, memory
 
@@ -36,8 +38,8 @@ from .network import NetworkPool, as_base64, memory
 _BASE = re.compile("virtforge-base-([0-9]+)")
 # As libvirt has them (storage_backend_rbd.c): without the first two a client with a wrong key would try for five minutes.
 _PATIENCE = {"client mount timeout": "30", "rados mon op timeout": "30"}
-# Only for the rbd command: data may have to wait for longer, while the cluster repairs itself.
-_OSD_PATIENCE = "--rados_osd_op_timeout=30"
+# Not for qemu-img: data may have to wait for longer, while the cluster repairs itself.
+_OSD_PATIENCE = {"rados osd op timeout": "30"}
 # Seconds for cleaning up after a cluster that does not answer; the next run sweeps what is left.
 _CLEANING = 5.0
 # Seconds after which an unfinished image of another host, which no client has open, is nobody's.
@@ -62,8 +64,9 @@ class Parent:
 class RbdImage(Device):
     parent: t.Optional[Parent] = None
     fast_diff: bool = False
-    created: str = ""
-    modified: str = ""
+    #: seconds since 1970, by the clock of the cluster
+    created: float = 0.0
+    modified: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,6 @@ class Snapshot:
     id: int
     name: str
     size: int
-    protected: bool
 
     @property
     def ours(self) -> bool:
@@ -83,6 +85,12 @@ class RbdPool(NetworkPool):
 
     secret_type = 2  # VIR_SECRET_USAGE_TYPE_CEPH
     refuses_dependents = True
+    _child: t.Optional[_process.Child] = None
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None
 
     @property
     def place(self) -> t.Tuple[str, str]:
@@ -97,10 +105,8 @@ class RbdPool(NetworkPool):
 
     def _names(self) -> t.List[str]:
         """libvirt learns of what others made only when it looks again."""
-        return t.cast(
-            t.List[str],
-            json.loads(self._rbd(f"listing the volumes of pool {self.name!r}", "ls", *_in(self.place), "--format=json")),
-        )
+        names = self._ask(f"listing the volumes of pool {self.name!r}", "names", self.place)
+        return [name for name in names if not is_staged_name(name)]
 
     def below(self, volume: Device, volumes: t.Sequence[Device]) -> t.List[Device]:
         return list(self.parents(t.cast(RbdImage, volume)))
@@ -110,12 +116,10 @@ class RbdPool(NetworkPool):
         if not t.cast(RbdImage, volume).fast_diff:
             return volume.capacity
         doing = f"looking at volume {volume.name!r} of pool {self.name!r}"
-        used = json.loads(self._rbd(doing, "du", *_at(self.place, volume.name), "--format=json"))
-        # A line for each snapshot, and the last for the image itself.
-        return int(used["images"][-1]["used_size"])
+        return t.cast(int, self._ask(doing, "used", self.place, volume.name))
 
     def layer(self, volume: Device) -> Layer:
-        fd = self._configuration()
+        fd = self._configuration({})
         pool, namespace = self.place
         node = {"driver": "rbd", "pool": pool, "image": volume.name, "conf": f"/proc/self/fd/{fd}"}
         if namespace:
@@ -132,34 +136,29 @@ class RbdPool(NetworkPool):
 
     def changes(self, volume: t.Optional[Device]) -> t.Tuple[str, ...]:
         """Ceph notes the time of a change once a minute (rbd_mtime_update_interval); in between, only watchers tell."""
-        return (*volume.identity, str(volume.capacity), volume.modified) if isinstance(volume, RbdImage) else ()
+        return (*volume.identity, str(volume.capacity), str(volume.modified)) if isinstance(volume, RbdImage) else ()
 
     def _watchers(self, name: str) -> t.List[str]:
         doing = f"looking at volume {name!r} of pool {self.name!r}"
         try:
-            status = json.loads(self._rbd(doing, "status", *_at(self.place, name), "--format=json"))
+            return t.cast(t.List[str], self._ask(doing, "watchers", self.place, name))
         except FileNotFoundError:
             return []
-        return [watcher["address"] for watcher in status["watchers"]]
 
     def dependents(self, name: str) -> t.List[str]:
         """Linked clones of it, and snapshots that others have made: with any of them it cannot go."""
         doing = f"looking for what depends on volume {name!r} of pool {self.name!r}"
         try:
-            children = self._children(doing, *_at(self.place, name), "--all")
+            children = self._ask(doing, "children", self.place, name, None)
         except FileNotFoundError:
             return []
         foreign = [f"{name}@{snapshot.name}" for snapshot in self._snapshots(self.place, name) if not snapshot.ours]
-        return sorted(children + foreign)
+        # Unfinished ones are not counted: they are swept, or wait for us.
+        return sorted([self._call(*child) for child in children if not is_staged_name(child[2])] + foreign)
 
-    def _children(self, doing: str, *which: str) -> t.List[str]:
-        """Unfinished ones are not counted: they are swept, or wait for us."""
-        found = []
-        for child in json.loads(self._rbd(doing, "children", *which, "--format=json")):
-            if not is_staged_name(child["image"]):
-                place = (child["pool"], child.get("pool_namespace", ""))
-                found.append(child["image"] if place == self.place else "/".join((*filter(None, place), child["image"])))
-        return found
+    def _call(self, pool: str, namespace: str, image: str) -> str:
+        """What an image is called here."""
+        return image if (pool, namespace) == self.place else "/".join((*filter(None, (pool, namespace)), image))
 
     # --- new images -------------------------------------------------------------------------------------------------------
 
@@ -168,7 +167,7 @@ class RbdPool(NetworkPool):
         doing = f"making an image in pool {self.name!r}"
 
         def make(name: str) -> None:
-            self._rbd(doing, "create", *_at(self.place, name), f"--size={capacity}B")
+            self._ask(doing, "create", self.place, name, capacity)
 
         with self._staged(make, capacity) as image:
             yield image
@@ -211,15 +210,15 @@ class RbdPool(NetworkPool):
     def _sweep(self) -> None:
         """Delete what dead runs have left unfinished.
 
-        One of this host's is dead when its lock is free. Another host's cannot be told to be so: while it fills the image it is
-        a watcher; what nobody has open, and is an hour old, is taken to be abandoned.
+        One of this host's is dead when its lock is free. Another host's, or one from before a reboot, cannot be told to be so:
+        while it is filled, who fills it is a watcher; what nobody has open, and is an hour old, is taken to be abandoned.
         """
-        for name in json.loads(self._rbd(f"listing pool {self.name!r}", "ls", *_in(self.place), "--format=json")):
+        for name in self._ask(f"listing pool {self.name!r}", "names", self.place):
             if not is_staged_name(name) or self._watchers(name):
                 continue
             if not name.startswith(f".virtforge-{_this_host()}"):
                 image = self.volume(name)
-                if image is not None and time.time() - _seconds(image.created) > _ABANDONED:
+                if image is not None and time.time() - image.created > _ABANDONED:
                     self._clean_up(name)
                 continue
             try:
@@ -248,14 +247,12 @@ class RbdPool(NetworkPool):
             self.remove(old)
 
     def _rename(self, name: str, other: str) -> None:
-        pool, namespace = self.place
-        where = [f"--dest-pool={pool}", *([f"--dest-namespace={namespace}"] if namespace else []), f"--dest={other}"]
-        self._rbd(f"naming the image {other!r} of pool {self.name!r}", "rename", *_at(self.place, name), *where)
+        self._ask(f"naming the image {other!r} of pool {self.name!r}", "rename", self.place, name, other)
 
     def grow(self, device: Device, capacity: int) -> None:
         """What is added reads as zeros."""
         doing = f"growing volume {device.name!r} of pool {self.name!r}"
-        self._rbd(doing, "resize", *_at(self.place, device.name), f"--size={capacity}B", "--no-progress")
+        self._ask(doing, "resize", self.place, device.name, capacity)
 
     def zeroed(self, device: Device) -> None:
         """There is nothing to be noted."""
@@ -276,7 +273,7 @@ class RbdPool(NetworkPool):
         for snapshot in snapshots:
             if not self._drop(self.place, name, snapshot.name):
                 raise CloneError("OPERATION_INVALID", f"{what} cannot be deleted: linked clones depend on it")
-        self._rbd(f"deleting {what}", "rm", *_at(self.place, name), "--no-progress")
+        self._ask(f"deleting {what}", "remove", self.place, name)
         self._release(image.parent)
 
     # --- linked clones ----------------------------------------------------------------------------------------------------
@@ -310,13 +307,11 @@ class RbdPool(NetworkPool):
         So the snapshot is protected, which the older kind needs and the newer does not mind. As long as there are children of
         the older kind it can neither be unprotected nor removed; removed under one of the newer kind, it stays in the trash.
         """
-        pool, namespace = self.place
-        where = [f"--dest-pool={pool}", *([f"--dest-namespace={namespace}"] if namespace else []), f"--dest={staged}"]
         doing = f"making a linked clone of volume {name!r} of pool {source.name!r}"
         for last in (False, False, True):
             snapshot, capacity = source._base(name)
             try:
-                self._rbd(doing, "clone", *_at(source.place, name), f"--snap={snapshot}", *where)
+                self._ask(doing, "clone", source.place, name, snapshot, self.place, staged)
                 break
             except FileNotFoundError as exc:
                 # Another host has removed the last other child, and the snapshot with it.
@@ -335,31 +330,26 @@ class RbdPool(NetworkPool):
             raise CloneError("NO_STORAGE_VOL", f"volume {name!r} of pool {self.name!r} does not exist")
         ours = [snapshot for snapshot in self._snapshots(self.place, name) if snapshot.ours]
         newest = max(ours, key=lambda snapshot: snapshot.id) if ours else None
-        if newest is not None and newest.size == image.capacity:
-            how = (f"--from-snap={newest.name}", "--whole-object", "--format=json")
-            if not json.loads(self._rbd(doing, "diff", *_at(self.place, name), *how)):
-                if not newest.protected:
-                    self._protect(doing, name, newest.name)
-                return newest.name, newest.size
+        same = newest is not None and newest.size == image.capacity
+        if newest is not None and same and not self._ask(doing, "changed_since", self.place, name, newest.name):
+            self._ask(doing, "protect", self.place, name, newest.name)
+            return newest.name, newest.size
         numbers = [int(t.cast(t.Any, _BASE.fullmatch(snapshot.name)).group(1)) for snapshot in ours]
         made = f"virtforge-base-{max(numbers, default=0) + 1}"
         try:
-            self._rbd(doing, "snap", "create", *_at(self.place, name), f"--snap={made}", "--no-progress")
+            self._ask(doing, "snap", self.place, name, made)
         except FileExistsError:
             # Another host has just made it, of the same data: nobody is writing to the source.
             pass
-        self._protect(doing, name, made)
+        self._ask(doing, "protect", self.place, name, made)
         for snapshot in ours:
             self._release(Parent(*self.place, name, snapshot.name))
         return made, image.capacity
 
-    def _protect(self, doing: str, name: str, snapshot: str) -> None:
-        self._rbd(doing, "snap", "protect", *_at(self.place, name), f"--snap={snapshot}", accept=(errno.EBUSY,))
-
     def flatten(self, name: str) -> None:
         image = self.volume(name)
         doing = f"flattening volume {name!r} of pool {self.name!r}"
-        self._rbd(doing, "flatten", *_at(self.place, name), "--no-progress", patient=True)
+        self._ask(doing, "flatten", self.place, name)
         self._release(image.parent if image else None)
 
     def _release(self, parent: t.Optional[Parent]) -> None:
@@ -368,19 +358,15 @@ class RbdPool(NetworkPool):
             return
         doing = f"removing a snapshot of image {parent.image!r}"
         try:
-            if not json.loads(self._rbd(doing, "children", *_of(parent), "--all", "--format=json")):
+            if not self._ask(doing, "children", parent.place, parent.image, parent.snapshot):
                 self._drop(parent.place, parent.image, parent.snapshot)
         except FileNotFoundError:
             return
 
     def _drop(self, place: t.Tuple[str, str], name: str, snapshot: str) -> bool:
         """Whether the snapshot is gone: it is not while there are children."""
-        which = (*_at(place, name), f"--snap={snapshot}")
-        doing = f"removing a snapshot of image {name!r}"
         try:
-            # EINVAL: it is not protected.
-            self._rbd(doing, "snap", "unprotect", *which, accept=(errno.EINVAL,))
-            self._rbd(doing, "snap", "rm", *which, "--no-progress")
+            self._ask(f"removing a snapshot of image {name!r}", "drop", place, name, snapshot)
         except FileNotFoundError:
             pass
         except CloneError as exc:
@@ -389,41 +375,38 @@ class RbdPool(NetworkPool):
             return False
         return True
 
-    # --- the rbd command --------------------------------------------------------------------------------------------------
+    # --- the child --------------------------------------------------------------------------------------------------------
 
     def _image(self, place: t.Tuple[str, str], name: str) -> t.Optional[RbdImage]:
         doing = f"looking at volume {name!r} of pool {self.name!r}"
         if "@" in name:
             raise CloneError("INVALID_ARG", f"name: {name!r} contains '@'; no volume of an rbd pool can have that name")
         try:
-            found = json.loads(self._rbd(doing, "info", *_at(place, name), "--format=json"))
+            found = self._ask(doing, "info", place, name)
         except FileNotFoundError:
             return None
-        above = found.get("parent")
-        parent = Parent(above["pool"], above.get("pool_namespace", ""), above["image"], above["snapshot"]) if above else None
-        created = found.get("create_timestamp", "")
         return RbdImage(
             name,
             "/".join((*filter(None, place), name)),
-            int(found["size"]),
+            found["size"],
             # Two pools of libvirt may be the same of Ceph, by other names of its monitors.
-            identity=("rbd", *place, found.get("id", ""), created),
-            parent=parent,
-            fast_diff="fast-diff" in found["features"],
-            created=created,
-            modified=found.get("modify_timestamp", ""),
+            identity=("rbd", *place, found["id"], str(found["created"])),
+            parent=Parent(*found["parent"]) if found["parent"] else None,
+            fast_diff=found["fast_diff"],
+            created=found["created"],
+            modified=found["modified"],
         )
 
     def _snapshots(self, place: t.Tuple[str, str], name: str) -> t.List[Snapshot]:
         doing = f"looking at volume {name!r} of pool {self.name!r}"
-        listed = json.loads(self._rbd(doing, "snap", "ls", *_at(place, name), "--format=json"))
-        return [Snapshot(one["id"], one["name"], one["size"], one["protected"] == "true") for one in listed]
+        return [Snapshot(**one) for one in self._ask(doing, "snapshots", place, name)]
 
-    def _configuration(self) -> int:
+    def _configuration(self, more: t.Mapping[str, str]) -> int:
         """A ceph.conf in memory."""
         access = self.access
         monitors = [(f"[{host}]" if ":" in host else host) + (f":{port}" if port else "") for host, port in access.hosts]
-        settings = {**_PATIENCE, "mon host": ",".join(monitors), "auth client required": "cephx" if access.user else "none"}
+        auth = "cephx" if access.user else "none"
+        settings = {**_PATIENCE, **more, "mon host": ",".join(monitors), "auth client required": auth}
         settings.update(access.options)
         if access.user:
             settings["key"] = as_base64(self.key()).decode()
@@ -435,39 +418,55 @@ class RbdPool(NetworkPool):
             lines.append(f'{name} = "{quoted}"\n')
         return memory(("[global]\n" + "".join(lines)).encode())
 
-    def _rbd(self, doing: str, *arguments: str, accept: t.Sequence[int] = (), patient: bool = False) -> str:
-        """Standard output.
+    def _ask(self, doing: str, operation: str, *arguments: t.Any) -> t.Any:
+        """What a method of :class:`.rbd_child.Cluster` returns.
 
-        :param accept: errors that are none here
-        :param patient: for what moves data
         :raises FileNotFoundError: for an image or snapshot that does not exist
         :raises FileExistsError: for one that does
         """
-        program = _process.find("rbd")
-        if program is None:
-            raise CloneError("MISSING_DEPENDENCY", f"pool {self.name!r}: rbd is not installed (package ceph-common)")
-        deadline, fd = self.deadline, self._configuration()
-        user = ["--id", self.access.user] if self.access.user else []
-        how = [] if patient else [_OSD_PATIENCE]
-        try:
-            command = [program, "--conf", f"/proc/self/fd/{fd}", *user, *how, *arguments]
-            status, out, err = _process.run(command, (fd,), lambda: deadline.check(doing), env={"TZ": "UTC"})
-        finally:
-            os.close(fd)
-        if status and status not in accept:
-            raise self._failure(status, err, doing)
-        return out
+        if self._child is None:
+            fd = self._configuration(_OSD_PATIENCE)
+            try:
+                program = [sys.executable, "-I", "-c", inspect.getsource(rbd_child)]
+                self._child = _process.Child([*program, f"/proc/self/fd/{fd}", self.access.user or ""], (fd,))
+                # It reads the file before it answers anything, even that it cannot.
+                self._answer(doing, "ready")
+            finally:
+                os.close(fd)
+        answer = self._answer(doing, operation, *arguments)
+        if "done" not in answer:
+            raise self._failure(answer, doing)
+        return answer["done"]
 
-    def _failure(self, status: int, stderr: str, doing: str) -> Exception:
-        """Its exit status is an errno, its messages among those of the libraries begin with its name."""
-        text = "; ".join(line[len("rbd: ") :] for line in stderr.splitlines() if line.startswith("rbd: ")) or f"status {status}"
-        if status == errno.ENOENT and "error opening pool" not in text and "couldn't connect" not in text:
-            return FileNotFoundError(status, text)
-        if status == errno.EEXIST:
-            return FileExistsError(status, text)
-        if "couldn't connect" in text:
+    def _answer(self, doing: str, *request: t.Any) -> t.Dict[str, t.Any]:
+        deadline, child = self.deadline, t.cast(_process.Child, self._child)
+        try:
+            line = child.ask(json.dumps(request), lambda: deadline.check(doing))
+        except BaseException:
+            # It was ended; who asks on, to clean up, gets another.
+            self._child = None
+            raise
+        if not line:
+            self.close()
+            raise CloneError("IO_ERROR", f"pool {self.name!r}: {doing} failed: librbd has ended unexpectedly")
+        return t.cast(t.Dict[str, t.Any], json.loads(line))
+
+    def _failure(self, answer: t.Mapping[str, t.Any], doing: str) -> Exception:
+        where = f"pool {self.name!r}"
+        if "missing" in answer:
+            packages = "rados and rbd (python3-rados and python3-rbd)"
+            return CloneError("MISSING_DEPENDENCY", f"{where}: an rbd pool needs the Python packages {packages}")
+        if "no_pool" in answer:
+            return CloneError("NO_STORAGE_POOL", f"{where}: {doing} failed: Ceph has no pool {answer['no_pool']!r} for it")
+        number, text = answer["errno"], answer["text"]
+        if not answer["connected"]:
             hosts = ", ".join(host for host, _port in self.access.hosts)
             text = f"no monitor of {hosts} answers, or none takes the key of user {self.access.user!r} ({text})"
+            return CloneError("IO_ERROR", f"{where}: {doing} failed: {text}")
+        if number == errno.ENOENT:
+            return FileNotFoundError(number, text)
+        if number == errno.EEXIST:
+            return FileExistsError(number, text)
         codes = {
             errno.EBUSY: "IN_USE",
             errno.ENOSPC: "NO_SPACE",
@@ -476,35 +475,11 @@ class RbdPool(NetworkPool):
             errno.EACCES: "OPERATION_DENIED",
             errno.ENOTEMPTY: "OPERATION_INVALID",
         }
-        return CloneError(codes.get(status, "IO_ERROR"), f"pool {self.name!r}: {doing} failed: {text}")
-
-
-def _in(place: t.Tuple[str, str]) -> t.List[str]:
-    pool, namespace = place
-    return [f"--pool={pool}", *([f"--namespace={namespace}"] if namespace else [])]
-
-
-def _at(place: t.Tuple[str, str], name: str) -> t.List[str]:
-    return [*_in(place), f"--image={name}"]
-
-
-def _of(parent: Parent) -> t.List[str]:
-    return [*_at(parent.place, parent.image), f"--snap={parent.snapshot}"]
+        return CloneError(codes.get(number, "IO_ERROR"), f"{where}: {doing} failed: {text}")
 
 
 def _this_host() -> str:
-    """Eight hexadecimal digits that other hosts do not have."""
-    try:
-        with open("/etc/machine-id", "rb") as file:
-            machine = file.read()
-    except OSError:
-        machine = b""
-    return hashlib.sha256(machine + os.fsencode(os.uname().nodename)).hexdigest()[:8]
-
-
-def _seconds(timestamp: str) -> float:
-    """Since 1970, of "Wed Nov 25 18:51:15 2026" in UTC; now, where there is none."""
-    try:
-        return calendar.timegm(time.strptime(timestamp, "%a %b %d %H:%M:%S %Y"))
-    except ValueError:
-        return time.time()
+    """Eight hexadecimal digits that runs have in common which see each other's locks."""
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        boot = file.read()
+    return hashlib.sha256(boot + locks.place().encode()).hexdigest()[:8]

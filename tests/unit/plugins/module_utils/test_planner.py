@@ -15,6 +15,7 @@ from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner i
     Create,
     Dependents,
     Facts,
+    Flatten,
     Grow,
     PoolFacts,
     SetPermissions,
@@ -784,3 +785,77 @@ def test_bitmaps_that_flattening_drops_are_named():
     result = flatten(replace(OVERLAY, bitmaps=1))
     assert result.steps[0].dropped == ("bitmaps",)
     assert "bitmaps" in result.warnings[0]
+
+
+# --- volumes on the network -----------------------------------------------------------------------------------------------
+
+
+def in_ceph(target=None, source=None, source_facts=(), target_facts=(), **kwargs):
+    """Facts of an rbd pool; the source is a volume of it."""
+    known = facts(source=source or image("raw"), target=target, **kwargs)
+    ours = {"key": "rbd/base", "path": "rbd/base", "network": True, "owner": None, **dict(source_facts)}
+    return replace(
+        known,
+        pool=PoolFacts("ceph", "rbd", "", granularity=512),
+        source=replace(known.source, **ours),
+        target=replace(known.target, uid=-1, gid=-1, **dict(target_facts)) if target else TargetFacts(),
+    )
+
+
+def rbd_request(**kwargs):
+    return request(pool="ceph", format="raw", **kwargs)
+
+
+CHILD = Image("raw", 100 * MIB, backing="rbd/base", backing_format="raw")
+
+
+def test_a_linked_clone_in_ceph_is_a_child_of_the_source():
+    made = planner.plan(rbd_request(clone_type="linked"), in_ceph(source_facts={"below": (("rbd", "x"),)}))
+    (step,) = made.steps
+    assert isinstance(step, Create) and (step.route, step.format, step.capacity) == ("link", "raw", 100 * MIB)
+    assert made.after.backing == Backing("rbd/base", "raw", 2)
+
+
+@pytest.mark.parametrize(
+    "target, on_source, stated, phrase",
+    [
+        (CHILD, True, {"clone_type": "full"}, "it is a linked clone of 'rbd/base'"),
+        (CHILD, False, {"clone_type": "linked"}, "asked for is a linked clone of"),
+        (image("raw"), False, {"clone_type": "linked"}, "it has no backing store"),
+        (CHILD, True, {"clone_type": "linked", "capacity": 50 * MIB}, "its capacity is"),
+    ],
+)
+def test_a_child_that_differs(target, on_source, stated, phrase):
+    known = in_ceph(target, target_facts={"on_source": on_source})
+    with pytest.raises(CloneError) as refusal:
+        planner.plan(rbd_request(**stated), known)
+    assert refusal.value.code == "DIFFERS" and phrase in refusal.value.msg
+
+
+@pytest.mark.parametrize("stated", [{}, {"clone_type": "linked"}])
+def test_a_child_of_the_source_is_as_it_should_be(stated):
+    assert planner.plan(rbd_request(**stated), in_ceph(CHILD, target_facts={"on_source": True})).steps == ()
+
+
+def test_a_source_that_cannot_be_linked_is_refused():
+    known = in_ceph(source_facts={"unlinkable": "it is no volume of an rbd pool"})
+    with pytest.raises(CloneError) as refusal:
+        planner.plan(rbd_request(clone_type="linked"), known)
+    assert refusal.value.code == "NO_SUPPORT" and "no volume of an rbd pool" in refusal.value.msg
+
+
+def test_a_child_is_flattened_by_its_pool_and_then_grown():
+    blank = replace(rbd_request(source=None), capacity=200 * MIB, flatten=True)
+    made = planner.plan(blank, in_ceph(CHILD))
+    assert made.steps == (Flatten(), Grow("raw", 200 * MIB))
+    assert made.actions == ["flattened", "grown"] and made.after.backing is None
+    with pytest.raises(CloneError) as refusal:
+        planner.plan(blank, in_ceph(CHILD, target_users="domain 'web'"))
+    assert refusal.value.code == "IN_USE"
+
+
+def test_a_source_on_the_network_is_never_copied_as_a_file():
+    known = facts(source=image("raw"))
+    known = replace(known, source=replace(known.source, network=True), unshareable="the source is on the network")
+    (step,) = planner.plan(request(), known).steps
+    assert isinstance(step, Create) and (step.route, step.unshared) == ("convert", "the source is on the network")

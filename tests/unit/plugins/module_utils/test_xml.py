@@ -713,3 +713,32 @@ def test_a_chain_as_long_as_libvirt_allows_is_followed():
 def test_a_domain_may_be_large_and_talk_about_doctypes():
     metadata = f"<metadata><n xmlns='urn:n'><![CDATA[<!DOCTYPE html>{'x' * _xml.MAX_DOCUMENT}]]></n></metadata>"
     assert _xml.domain_disks(f"<domain>{metadata}</domain>") == []
+
+
+# --- what is reached by the network ---------------------------------------------------------------------------------------
+
+
+def test_how_an_rbd_pool_is_reached():
+    document = """<pool type='rbd'><name>ceph</name><source><host name='a' port='6789'/><host name='b'/><name>vms/team</name>
+    <auth type='ceph' username='libvirt'><secret uuid='11111111-2222-3333-4444-555555555555'/></auth></source>
+    <rbd:config_opts xmlns:rbd='http://libvirt.org/schemas/storagepool/rbd/1.0'>
+    <rbd:option name='client_mount_timeout' value='45'/></rbd:config_opts></pool>"""
+    assert _xml.pool_network(document) == _xml.NetworkXML(
+        (("a", 6789), ("b", None)),
+        "vms/team",
+        user="libvirt",
+        secret_uuid="11111111-2222-3333-4444-555555555555",
+        options={"client_mount_timeout": "45"},
+    )
+
+
+def test_disks_on_the_network_and_disks_that_are_volumes():
+    document = """<domain><devices>
+    <disk type='network'><source protocol='rbd' name='vms/web'><host name='a'/><host name='b'/></source>
+    <backingStore><source protocol='nbd' name='x'/></backingStore></disk>
+    <disk type='volume'><source pool='ceph' volume='db'/></disk>
+    <disk type='file'><source file='/x'/></disk></devices></domain>"""
+    first, second = _xml.domain_network_disks(document)
+    assert (first, first.hosts) == (_xml.NetworkDisk("rbd", "vms/web"), ("a", "b"))
+    assert second == _xml.NetworkDisk("nbd", "x")
+    assert _xml.domain_volumes(document) == [("ceph", "db")]

@@ -1,0 +1,167 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""librbd in a process of its own: a call to a cluster that does not answer never returns, but a process can be ended.
+
+Run by :mod:`.rbd` with the path of a ceph.conf and the name of a user. Requests come in as lines of JSON,
+``[operation, arguments…]``, and each is answered by a line, ``{"done": …}`` or ``{"errno": …, "text": …}``. One connection
+serves them all: the ``rbd`` program takes a tenth of a second each time. Nothing of this collection is imported here.
+"""
+
+from __future__ import annotations
+
+import calendar
+import json
+import sys
+import typing as t
+
+_NO_POOL = "no_pool"
+
+
+class Cluster:
+    """What can be asked for. A place is the name of a pool of Ceph and of a namespace in it, which may be empty."""
+
+    def __init__(self, conf: str, user: str) -> None:
+        import rados  # type: ignore[import-not-found,unused-ignore]  # pylint: disable=import-outside-toplevel
+        import rbd  # type: ignore[import-not-found,unused-ignore]  # pylint: disable=import-outside-toplevel
+
+        self.error = (rados.Error, rbd.Error)
+        self._rbd = rbd
+        self._rados = rados.Rados(conffile=conf, **({"rados_id": user} if user else {}))
+
+    def connect(self) -> None:
+        self._rados.connect()
+
+    def _in(self, place: t.Sequence[str]) -> t.Any:
+        pool, namespace = place
+        try:
+            context = self._rados.open_ioctx(pool)
+        except self.error as exc:
+            raise KeyError(pool) from exc
+        context.set_namespace(namespace)
+        return context
+
+    def _image(self, place: t.Sequence[str], name: str, snapshot: t.Optional[str] = None, writable: bool = False) -> t.Any:
+        # Only who opens it for writing is a watcher.
+        return self._rbd.Image(self._in(place), name, snapshot=snapshot, read_only=not writable)
+
+    def names(self, place: t.Sequence[str]) -> t.List[str]:
+        return list(self._rbd.RBD().list(self._in(place)))
+
+    def info(self, place: t.Sequence[str], name: str) -> t.Dict[str, t.Any]:
+        with self._image(place, name) as image:
+            try:
+                above = image.get_parent_image_spec()
+                parent = [above["pool_name"], above["pool_namespace"], above["image_name"], above["snap_name"]]
+            except self._rbd.ImageNotFound:
+                parent = None
+            return {
+                "size": image.size(),
+                "id": image.id(),
+                "fast_diff": bool(image.features() & self._rbd.RBD_FEATURE_FAST_DIFF),
+                "created": calendar.timegm(image.create_timestamp().timetuple()),
+                "modified": calendar.timegm(image.modify_timestamp().timetuple()),
+                "parent": parent,
+            }
+
+    def used(self, place: t.Sequence[str], name: str) -> int:
+        found = []
+
+        def add(_offset: int, length: int, exists: bool) -> None:
+            found.append(length if exists else 0)
+
+        with self._image(place, name) as image:
+            image.diff_iterate(0, image.size(), None, add, include_parent=False, whole_object=True)
+        return sum(found)
+
+    def watchers(self, place: t.Sequence[str], name: str) -> t.List[str]:
+        with self._image(place, name) as image:
+            return [watcher["addr"] for watcher in image.watchers_list()]
+
+    def create(self, place: t.Sequence[str], name: str, size: int) -> None:
+        self._rbd.RBD().create(self._in(place), name, size)
+
+    def clone(self, place: t.Sequence[str], name: str, snapshot: str, to: t.Sequence[str], child: str) -> None:
+        self._rbd.RBD().clone(self._in(place), name, snapshot, self._in(to), child)
+
+    def rename(self, place: t.Sequence[str], name: str, other: str) -> None:
+        self._rbd.RBD().rename(self._in(place), name, other)
+
+    def resize(self, place: t.Sequence[str], name: str, size: int) -> None:
+        with self._image(place, name, writable=True) as image:
+            image.resize(size)
+
+    def remove(self, place: t.Sequence[str], name: str) -> None:
+        self._rbd.RBD().remove(self._in(place), name)
+
+    def flatten(self, place: t.Sequence[str], name: str) -> None:
+        with self._image(place, name, writable=True) as image:
+            image.flatten()
+
+    def children(self, place: t.Sequence[str], name: str, snapshot: t.Optional[str]) -> t.List[t.List[str]]:
+        """Of one snapshot or of all: pool, namespace and name of each, those in the trash too."""
+        with self._image(place, name, snapshot) as image:
+            return [[child["pool"], child["pool_namespace"], child["image"]] for child in image.list_children2()]
+
+    def snapshots(self, place: t.Sequence[str], name: str) -> t.List[t.Dict[str, t.Any]]:
+        """Those that somebody has made, as opposed to those that Ceph keeps in its trash."""
+        with self._image(place, name) as image:
+            return [
+                {"id": one["id"], "name": one["name"], "size": one["size"]}
+                for one in image.list_snaps()
+                if one["namespace"] == self._rbd.RBD_SNAP_NAMESPACE_TYPE_USER
+            ]
+
+    def snap(self, place: t.Sequence[str], name: str, snapshot: str) -> None:
+        with self._image(place, name, writable=True) as image:
+            image.create_snap(snapshot)
+
+    def protect(self, place: t.Sequence[str], name: str, snapshot: str) -> None:
+        with self._image(place, name, writable=True) as image:
+            if not image.is_protected_snap(snapshot):
+                image.protect_snap(snapshot)
+
+    def drop(self, place: t.Sequence[str], name: str, snapshot: str) -> None:
+        with self._image(place, name, writable=True) as image:
+            if image.is_protected_snap(snapshot):
+                image.unprotect_snap(snapshot)
+            image.remove_snap(snapshot)
+
+    def changed_since(self, place: t.Sequence[str], name: str, snapshot: str) -> bool:
+        found = []
+
+        def note(_offset: int, _length: int, _exists: bool) -> None:
+            found.append(True)
+
+        with self._image(place, name) as image:
+            image.diff_iterate(0, image.size(), snapshot, note, include_parent=True, whole_object=True)
+        return bool(found)
+
+
+def main(conf: str, user: str) -> None:
+    try:
+        cluster = Cluster(conf, user)
+    except ImportError as exc:
+        answers: t.Dict[str, t.Any] = {"missing": exc.name or "rbd"}
+    else:
+        answers = {}
+    connected = False
+    for line in sys.stdin:
+        operation, *arguments = json.loads(line)
+        answer = answers
+        if operation != "ready" and not answers:
+            try:
+                if not connected:
+                    cluster.connect()
+                    connected = True
+                answer = {"done": getattr(cluster, operation)(*arguments)}
+            except KeyError as exc:
+                answer = {_NO_POOL: exc.args[0]}
+            except cluster.error as exc:
+                answer = {"errno": getattr(exc, "errno", 0) or 0, "text": str(exc), "connected": connected}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
