@@ -227,12 +227,12 @@ notes:
   - Pools of the types C(rbd) and C(iscsi-direct) are reached with what their definition says, and with the secret that libvirt
     keeps for them, which must not be private. No configuration of Ceph or iSCSI on the managed host is read. The key appears on
     no command line and in no file.
-  - A new image of an C(rbd) pool has another name until it is whole. A task that is killed leaves that image behind, and a later
-    task for the pool removes it, once Ceph has noticed after half a minute that nobody has it open, and after an hour where
-    another host had made it.
+  - A new image of an C(rbd) pool has another name until it is whole. A task that is killed leaves that image behind, and a
+    later task for the pool removes it, once Ceph has noticed after half a minute that nobody has it open, and after an hour
+    where another host had made it.
   - With O(clone_type=linked), a volume of an C(rbd) pool is a child of a snapshot of its source, which has to be in an C(rbd)
-    pool that names the same monitors. The snapshot is called C(virtforge-base-1) and so on. It is made once, protected, and used
-    again for as long as the source stays as it is. It is removed when its last child was deleted or made to stand alone.
+    pool that names the same monitors. The snapshot is called C(virtforge-base-1) and so on. It is made once, protected, and
+    used again for as long as the source stays as it is. It is removed when its last child was deleted or made to stand alone.
   - Who has an image open for writing, on whatever host, is told by Ceph. What other hosts do with a LUN, nobody tells.
   - A LUN of an C(iscsi-direct) pool has to exist, and is filled only where O(compare=content), and with O(force=true). Until it
     is whole it begins with a mark; the next run begins anew where it finds that.

@@ -52,8 +52,7 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
         pool = t.cast(DevicePool, scene.pool)
         try:
             if step.route == "link":
-                source_pool, source = t.cast(RbdPool, scene.source_pool), scene.layers[0]
-                with t.cast(RbdPool, pool).staged_link(step.capacity, source_pool, source.name) as child:
+                with pool.staged_link(step.capacity, scene.source_pool, scene.layers[0].name) as child:
                     finish()
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")

@@ -29,14 +29,14 @@ from .._images.qemu_img import Layer, QemuImg
 from .._pools import capabilities
 from .._pools.devices import Device, DevicePool, DiskPool
 from .._pools.directory import DirectoryPool, kind_of
-from .._pools.libvirt import Connection, LibvirtPool
+from .._pools.libvirt import Connection, LibvirtPool, device_number
 from .._pools.network import NetworkPool, memory
 from .._pools.rbd import RbdImage, RbdPool
 from .._transfer import device, file_copy, guards, locks, staging
 from .._transfer.pace import Rate
 from .._volumes.inventory import Inventory
 from . import planner
-from .planner import Backing, Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
+from .planner import Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
 from .request import Request, made_up_name
 
 #: More images below a source than this are refused.
@@ -197,7 +197,7 @@ class Scene:
 
     def _unlinkable(self, pool: DirectoryPool) -> str:
         source_pool = self._pools.get(self.request.effective_source_pool) if self.request.source is not None else None
-        if isinstance(pool, NetworkPool):
+        if isinstance(pool, DevicePool):
             if self.request.source is not None and source_pool is None:
                 # A check run, in which an earlier task makes it.
                 return ""
@@ -242,10 +242,10 @@ class Scene:
         if isinstance(pool, NetworkPool):
             return self._source_network(facts, pool, volume)
         opened = self._open_source(replace(facts, path=volume.path, key=volume.path), os.path.realpath(volume.path), pool)
-        self.layers[0].lock = pool.lock_key(volume.name)
+        self.layers[0].lock, self.layers[0].name = pool.lock_key(volume.name), volume.name
         if device.is_marked(self.layers[0].fd):
             raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that made it was killed")
-        return replace(opened, owner=None)
+        return replace(opened, owner=None, fixed=volume.thin_pool is None)
 
     def _source_network(self, facts: SourceFacts, pool: NetworkPool, volume: Device) -> SourceFacts:
         request = self.request
@@ -421,8 +421,9 @@ class Scene:
 
     def target_layers(self, image: Image) -> t.List[Layer]:
         """The target and all that lies below it, opened once; it stays within the pools as a source does."""
-        if self.target_network is not None:
-            return [Layer(self.target_fd, "raw", network=self.target_network)]
+        if self.target_device is not None:
+            # What a snapshot is of is no image below it.
+            return [Layer(self.target_fd, "raw", self.target_network is None, network=self.target_network)]
         if self.target_fd < 0:
             raise CloneError(
                 "OPERATION_DENIED", f"the target in pool {self.pool.name!r} cannot be opened by this user; use become"
@@ -537,17 +538,18 @@ class Scene:
         if identity == source.identity:
             return facts
         image = probe.read_raw(capacity, (), os.pread(self.target_fd, 8, 0))
+        volume = self.target_device
+        below = pool.below(volume, pool.volumes()) if volume.origin else []
+        if below:
+            image = replace(image, backing=below[0].path, backing_format="raw")
         return replace(
             facts,
             image=image,
             unfinished=device.is_marked(self.target_fd),
-            origin=self._origin(pool, self.target_device),
-            needs_origin=self.target_device.needs is not None,
+            on_source=bool(below) and _device_identity(below[0].path) == source.identity,
+            depth=len(below),
+            needs_origin=volume.needs is not None,
         )
-
-    def _origin(self, pool: DevicePool, volume: Device) -> t.Optional[Backing]:
-        below = pool.below(volume, pool.volumes()) if volume.origin else []
-        return Backing(below[0].path, "raw", len(below)) if below else None
 
     def _target_on_network(self, pool: NetworkPool, volume: Device, source: SourceFacts, what: str) -> TargetFacts:
         layer = pool.layer(volume)
@@ -769,7 +771,8 @@ class Scene:
 
     def _space_taken(self, step: Create) -> int:
         if isinstance(self.pool, DevicePool) and not isinstance(self.pool, RbdPool):
-            return self.pool.space_for(step.capacity, self.target_device)
+            thin = step.route == "link" and not t.cast(SourceFacts, self.told["source"]).fixed
+            return 0 if thin else self.pool.space_for(step.capacity, self.target_device)
         if step.route == "libvirt" or (step.route not in ("blank", "link") and step.unshared is None):
             return 0
         if (
@@ -829,6 +832,11 @@ class Scene:
             return "another file has its name by now"
         who = self._users_now(name)
         return f"it is open by {who}" if who else ""
+
+
+def _device_identity(path: str) -> t.Optional[t.Tuple[int, ...]]:
+    number = device_number(path)
+    return None if number is None else (number,)
 
 
 def _parents(pool: NetworkPool, volume: Device) -> t.List[Device]:

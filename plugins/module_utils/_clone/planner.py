@@ -79,6 +79,8 @@ class SourceFacts:
     network: bool = False
     #: why there can be no linked clone of it in the target's pool
     unlinkable: str = ""
+    #: whether a linked clone of it has its capacity, neither less nor more
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,7 @@ class TargetFacts:
     depth: t.Optional[int] = None
     #: whether it carries the mark of a volume that is not whole: nobody's data
     unfinished: bool = False
-    #: what a device is a snapshot of, and whether it is lost without that
-    origin: t.Optional[Backing] = None
+    #: whether it is lost without what it is a snapshot of
     needs_origin: bool = False
 
 
@@ -393,7 +394,7 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
         _refuse_in_use(facts, "replaced")
         return _replacement(request, facts)
 
-    if request.flatten and facts.target.needs_origin and not facts.pool.able.linked:
+    if request.flatten and facts.target.needs_origin and not facts.pool.able.flatten:
         raise CloneError("NO_SUPPORT", f"{_what(facts)} is a snapshot, which a pool of type {facts.pool.type} cannot flatten")
     devices = facts.pool.able.devices
     if request.flatten and image.backing is not None and not devices:
@@ -402,7 +403,7 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
     warnings = []
     steps: t.List[Step] = []
     after = before
-    if request.flatten and image.backing is not None:
+    if request.flatten and image.backing is not None and facts.pool.able.flatten:
         _refuse_in_use(facts, "flattened")
         steps.append(Flatten())
         after = replace(after, backing=None)
@@ -815,6 +816,12 @@ def _route(
     request: Request, facts: Facts, source: Image, image_format: str, capacity: int, features: t.Optional[Qcow2Features]
 ) -> str:
     if request.linked:
+        if facts.source.fixed and capacity > source.capacity:
+            raise CloneError(
+                "NO_SUPPORT",
+                f"capacity: {format_bytes(capacity)} is more than {facts.source.what} has, {format_bytes(source.capacity)}, and"
+                " a snapshot of a volume that is not thin has the capacity of that",
+            )
         if features is not None:
             _refuse_header(facts, features)
         return "link"
@@ -925,8 +932,6 @@ def _state(target: TargetFacts, image: t.Optional[Image]) -> State:
     backing = None
     if image is not None and image.backing is not None:
         backing = Backing(image.backing, image.backing_format or "raw", target.depth)
-    elif image is not None:
-        backing = target.origin
     return State(image_format, capacity, target.uid, target.gid, target.mode, target.label, backing)
 
 

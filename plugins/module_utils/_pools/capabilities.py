@@ -23,6 +23,7 @@ class Capabilities:
     create: bool = False
     clone: bool = False
     linked: bool = False
+    flatten: bool = False
     grow: bool = False
     delete: bool = False
     formats: t.Tuple[str, ...] = ()
@@ -34,16 +35,20 @@ class Capabilities:
         return self.staging in ("rename", "mark")
 
 
-_FILES = Capabilities(create=True, clone=True, linked=True, grow=True, delete=True, formats=tuple(FORMATS), staging="file")
+_FILES = Capabilities(
+    create=True, clone=True, linked=True, flatten=True, grow=True, delete=True, formats=tuple(FORMATS), staging="file"
+)
 _LUNS = Capabilities(clone=True, formats=("raw",), staging="mark")
 _OF_TYPE = {
     "directory": _FILES,
     "dir": _FILES,
     "fs": _FILES,
     "netfs": _FILES,
-    "logical": Capabilities(create=True, clone=True, grow=True, delete=True, formats=("raw",), staging="rename"),
+    "logical": Capabilities(create=True, clone=True, linked=True, grow=True, delete=True, formats=("raw",), staging="rename"),
     "disk": Capabilities(create=True, clone=True, delete=True, formats=("raw",), staging="mark"),
-    "rbd": Capabilities(create=True, clone=True, linked=True, grow=True, delete=True, formats=("raw",), staging="rename"),
+    "rbd": Capabilities(
+        create=True, clone=True, linked=True, flatten=True, grow=True, delete=True, formats=("raw",), staging="rename"
+    ),
     "iscsi": _LUNS,
     "iscsi-direct": _LUNS,
     "scsi": _LUNS,

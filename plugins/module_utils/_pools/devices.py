@@ -247,6 +247,14 @@ class DevicePool(LibvirtPool):
         """A new volume under a name that the next run knows as unfinished; it goes where it was not published."""
         raise NotImplementedError
 
+    def cannot_link(self, source: t.Optional[t.Any]) -> str:
+        """Why there is no linked clone here of a volume of the pool ``source``; empty when there is."""
+        return "there are only full clones"
+
+    def staged_link(self, capacity: int, source: t.Any, name: str) -> t.ContextManager[Device]:
+        """The same as :meth:`staged`, for a linked clone of the volume ``name`` of the pool ``source``."""
+        raise NotImplementedError
+
     def publish(self, staged: str, name: str, replaces: bool) -> None:
         """Give a staged volume its name.
 
@@ -377,16 +385,36 @@ class LogicalPool(DevicePool):
 
         :param like: a volume whose thin pool shall also hold the new one
         """
+        if like is not None and like.thin_pool:
+            size = ["-V", f"{capacity}b", "--thinpool", like.thin_pool]
+        else:
+            # -Zn -Wn: we zero it ourselves, and whatever signature it had before with that.
+            size = ["-L", f"{capacity}b", "-Zn", "-Wn"]
+        with self._staged([*size, self.group]) as device:
+            yield device
+
+    def cannot_link(self, source: t.Optional[t.Any]) -> str:
+        same = isinstance(source, LogicalPool) and source.name == self.name
+        return "" if same else "it is no logical volume of the same pool"
+
+    @contextmanager
+    def staged_link(self, capacity: int, source: t.Any, name: str) -> t.Iterator[Device]:
+        """A snapshot: a thin one of a thin volume; else a classic one, with room for all of its origin to change."""
+        origin = t.cast(Device, self.volume(name))
+        # Thin snapshots are made not to be activated, unless one says so (lvmthin(7)).
+        how = ["-kn", "-ay"] if origin.thin_pool else ["-L", f"{capacity}b"]
+        with self._staged(["-s", *how, f"{self.group}/{name}"]) as device:
+            if device.capacity < capacity:
+                self.grow(device, capacity)
+            yield device
+
+    @contextmanager
+    def _staged(self, arguments: t.Sequence[str]) -> t.Iterator[Device]:
         self._sweep()
         name = f".virtforge-{secrets.token_hex(8)}.tmp"
         with locks.Locks([], [self.lock_key(name)], Deadline(60, "lock_timeout"), "making a logical volume"):
             try:
-                if like is not None and like.thin_pool:
-                    size = ["-V", f"{capacity}b", "--thinpool", like.thin_pool]
-                else:
-                    # -Zn -Wn: we zero it ourselves, and whatever signature it had before with that.
-                    size = ["-L", f"{capacity}b", "-Zn", "-Wn"]
-                self._lvm("making a logical volume", "lvcreate", "-y", "-q", "-n", name, *size, self.group)
+                self._lvm("making a logical volume", "lvcreate", "-y", "-q", "-n", name, *arguments)
                 device = self.volume(name)
                 if device is None:
                     raise CloneError("IO_ERROR", f"pool {self.name!r}: lvcreate made no volume")

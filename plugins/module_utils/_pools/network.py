@@ -137,10 +137,6 @@ class NetworkPool(DevicePool):
         """Something that is another when the volume was written to since it was looked at, as far as that can be told."""
         return ()
 
-    def cannot_link(self, source: t.Optional[t.Any]) -> str:
-        """Why there is no linked clone here of a volume of the pool ``source``; empty when there is."""
-        return "there are only full clones"
-
     def refresh(self, deadline: Deadline) -> None:
         command = [sys.executable, "-c", _REFRESH, self._connection.uri, self.name]
         doing = f"refreshing pool {self.name!r}"

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
-    Backing,
     Dependents,
     Facts,
     Grow,
@@ -138,7 +139,8 @@ def test_made_grown_and_left_alone():
         assert plan(stated, there()).steps == ()
     # LUNs exist.
     assert plan({"capacity": 4 * MIB}, there(), "iscsi").steps == ()
-    state = plan({}, there(origin=Backing("/dev/p/base", "raw", 1), needs_origin=True)).after
+    snapshot = replace(there(needs_origin=True, depth=1), image=Image("raw", 4 * MIB, "/dev/p/base", "raw"))
+    state = plan({}, snapshot).after
     assert (state.backing.path, state.uid, state.mode) == ("/dev/p/base", None, None)
     assert plan({"capacity": 4 * MIB}, there(unfinished=True), "disk").actions == ["created"]
     assert plan({"capacity": 2 * MIB, "force": True}, there()).actions == ["replaced"]

@@ -796,9 +796,10 @@ def in_ceph(target=None, source=None, source_facts=(), target_facts=(), **kwargs
     ours = {"key": "rbd/base", "path": "rbd/base", "network": True, "owner": None, **dict(source_facts)}
     return replace(
         known,
+        not_growable="",
         pool=PoolFacts("ceph", "rbd", "", granularity=512),
         source=replace(known.source, **ours),
-        target=replace(known.target, uid=-1, gid=-1, **dict(target_facts)) if target else TargetFacts(),
+        target=replace(known.target, uid=None, gid=None, mode=None, **dict(target_facts)) if target else TargetFacts(),
     )
 
 
