@@ -136,3 +136,23 @@ def test_two_runs_for_one_logical_volume(lvm, qcow2):
         result_of(process) for process in [start({"pool": lvm, "name": "web", "source_path": qcow2}) for _run in range(2)]
     ]
     assert sorted(result.get("actions", result.get("msg")) for result in results) == [[], ["created"]]
+
+
+def test_snapshots_are_linked_clones(lvm, raw):
+    clone(pool=lvm, name="base", source_path=raw)
+    params = {"pool": lvm, "source": "base", "name": "web", "clone_type": "linked"}
+    result = settle(**params)
+    volume = result["volume"]
+    assert (volume["transfer"], volume["backing"]) == ("link", {"path": "/dev/vgclone/base", "format": "raw", "depth": 1})
+    assert same_content(raw, "raw", "/dev/vgclone/web", "raw")
+    assert volumes()["web"]["origin"] == "base"
+    assert "linked clone" in refused("DIFFERS", **{**params, "clone_type": "full"})
+    assert "capacity of that" in refused("NO_SUPPORT", **{**params, "name": "larger", "capacity": "96MiB"})
+    # Thin: grown along, and nothing reserved for it.
+    run("lvcreate", "-y", "-q", "-L", "96M", "--thinpool", "thin", "vgclone")
+    run("lvcreate", "-y", "-q", "-V", "64M", "--thinpool", "thin", "-n", "tbase", "vgclone")
+    run("dd", f"if={raw}", "of=/dev/vgclone/tbase", "bs=1M", "conv=fsync,sparse")
+    result = settle(pool=lvm, source="tbase", name="tweb", clone_type="linked", capacity="80MiB")
+    assert result["volume"]["capacity"] == 80 * MIB
+    assert same_content(raw, "raw", "/dev/vgclone/tweb", "raw") and reads_zero("tweb", 64 * MIB)
+    assert (volumes()["tweb"]["segtype"], volumes()["tweb"]["origin"]) == ("thin", "tbase")

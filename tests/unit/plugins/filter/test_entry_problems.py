@@ -26,8 +26,8 @@ CLONE = {"pool": "p", "name": "c", "source": "b"}
         (
             "storage_pool",
             {**POOL, "type": "directory"},
-            "('p'): value of type must be one of: dir, fs, netfs, logical, disk, rbd, iscsi, iscsi-direct, scsi, mpath, gluster,"
-            " zfs, vstorage, got: directory",
+            "('p'): value of type must be one of: dir, fs, netfs, logical, disk, rbd, iscsi, iscsi-direct, scsi, mpath,"
+            " gluster, zfs, vstorage, got: directory",
         ),
         ("storage_pool", {**POOL, "state": "gone"}, "('p'): value of state must be one of: present, active, inactive, absent"),
         ("storage_pool", {**POOL, "target_path": "p"}, "('p'): target_path: 'p' is not an absolute path"),

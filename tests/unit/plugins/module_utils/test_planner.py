@@ -797,6 +797,7 @@ def in_ceph(target=None, source=None, source_facts=(), target_facts=(), **kwargs
     return replace(
         known,
         not_growable="",
+        room=1 << 40,
         pool=PoolFacts("ceph", "rbd", "", granularity=512),
         source=replace(known.source, **ours),
         target=replace(known.target, uid=None, gid=None, mode=None, **dict(target_facts)) if target else TargetFacts(),
