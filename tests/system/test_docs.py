@@ -21,6 +21,8 @@ from plays import BIN, COLLECTIONS, ansible_playbook, counts, write_play
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+#: pages without examples: an index, and what is written by programs
+TABLES = ("README.md", "benchmarks.md", "pools.md")
 MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("*.py"))
 
 
@@ -92,7 +94,7 @@ def blocks(page):
     return BLOCK.findall((ROOT / "docs" / page).read_text())
 
 
-@pytest.mark.parametrize("page", [page for page in GUIDES if page != "README.md"])
+@pytest.mark.parametrize("page", [page for page in GUIDES if page not in TABLES])
 def test_the_examples_of_a_guide(page, host, scratch):
     """Plays and tasks in check mode, for real, and a second time; commands once."""
     done = 0
@@ -168,6 +170,15 @@ def test_the_reference_page_of_a_module_has_every_option(module):
         assert f'id="parameter-{option}"' in page, f"make docs: {option} is missing"
     for text in document["examples"].splitlines():
         assert text.strip() in page, f"make docs: {text!r} is missing"
+
+
+def test_the_table_of_pools_is_what_the_code_decides():
+    run(
+        BIN / "python",
+        "-c",
+        "import sys, capabilities; sys.exit(capabilities.PAGE.read_text() != capabilities.page())",
+        env={**os.environ, "PYTHONPATH": f"{COLLECTIONS}:{ROOT / 'tests' / 'tools'}"},
+    )
 
 
 def test_every_page_is_linked():

@@ -54,6 +54,8 @@ _OF_TYPE = {
     "scsi": _LUNS,
 }
 
+#: a directory without libvirt, and the types of libvirt's pools in which something can be done
+TYPES = tuple(_OF_TYPE)
 #: types of libvirt's pools whose volumes are files
 FILE_POOLS = tuple(name for name, able in _OF_TYPE.items() if able.staging == "file" and name != "directory")
 #: types of libvirt's pools in which volumes are cloned

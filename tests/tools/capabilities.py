@@ -1,0 +1,72 @@
+# Copyright (c) 2026, the virtforge.libvirt authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Writes docs/pools.md: what can be done in a pool of each type, from the code that decides it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ansible_collections.virtforge.libvirt.plugins.module_utils._pools import capabilities
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "pools.md"
+
+#: on what the tests in this repository run
+TESTED_ON = {
+    "directory": "XFS, btrfs, ext4, tmpfs",
+    "dir": "libvirt 9.0 on XFS, btrfs, ext4",
+    "fs": "XFS and ext4 on loop devices",
+    "netfs": "GlusterFS 10 (FUSE); NFS 4.2 of Linux 6.1",
+    "logical": "LVM of Debian 12 on Linux 6.1, thin pools too",
+    "disk": "GPT on loop devices",
+    "rbd": "Ceph 16.2",
+    "iscsi-direct": "tgt 1.0",
+    "iscsi": "pools only: open-iscsi and tgt",
+    "scsi": "pools only: scsi_debug of Linux 6.1",
+}
+STAGING = {
+    "file": "a file without a name until it is whole",
+    "rename": "another name until it is whole",
+    "mark": "a mark in the first block until it is whole",
+    "": "",
+}
+HEAD = """# Pools
+
+What can be done with the volumes of a pool, by its type. What is not possible is refused before a byte moves, with
+`error_code: NO_SUPPORT`. A `directory` is an absolute path in place of a pool's name, and needs no libvirt.
+
+| type | new volumes | full clones into it | linked clones | flatten | grow | delete | formats | a killed run leaves | tested on |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+TAIL = """
+- Every pool in this table is also a source of full clones. A volume of a type without new volumes exists before anything is
+  cloned: state `compare: content`, and its data is that of the source afterwards.
+- A linked clone is a qcow2 image over its source in a pool of files, a child of a protected snapshot in `rbd`, and a snapshot in
+  `logical`, thin where its source is thin.
+- Pools of the types `gluster`, `mpath`, `vstorage` and `zfs` can be declared by `storage_pool`; nothing is cloned there.
+- A pool on another host is reached by libvirt's own calls, which can do less.
+
+`make docs` writes this page.
+"""
+
+
+def table() -> str:
+    lines = []
+    for name in capabilities.TYPES:
+        able = capabilities.of(name)
+        cells = [able.create, able.clone, able.linked, able.flatten, able.grow, able.delete]
+        formats = "all" if len(able.formats) > 1 else ", ".join(able.formats)
+        words = ["yes" if cell else "no" for cell in cells]
+        lines.append(f"| `{name}` | {' | '.join(words)} | {formats} | {STAGING[able.staging]} | {TESTED_ON[name]} |\n")
+    return "".join(lines)
+
+
+def page() -> str:
+    return HEAD + table() + TAIL
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"== {PAGE.relative_to(ROOT)}")
