@@ -688,11 +688,7 @@ class Scene:
         """Who uses the open target; outside check mode, somebody who lets go of it within a moment does not count."""
         end = time.monotonic() + (_LONG_MOMENT if self.locked else _MOMENT)
         if isinstance(self.pool, NetworkPool):
-            who = self.pool.users(name)
-            while who and not self.check_mode and time.monotonic() < end:
-                time.sleep(0.2)
-                who = self.pool.users(name)
-            return who
+            return self.pool.users(name)
         who = guards.users(self.target_fd)
         while who and not self.check_mode and time.monotonic() < end:
             time.sleep(0.05)

@@ -42,6 +42,8 @@ _PATIENCE = {"client mount timeout": "30", "rados mon op timeout": "30"}
 _OSD_PATIENCE = {"rados osd op timeout": "30"}
 # Seconds for cleaning up after a cluster that does not answer; the next run sweeps what is left.
 _CLEANING = 5.0
+# Seconds for which a client may have an image open without being taken for a user of it.
+_MOMENT = 3.0
 # Seconds after which an unfinished image of another host, which no client has open, is nobody's.
 _ABANDONED = 3600
 
@@ -129,9 +131,16 @@ class RbdPool(NetworkPool):
         return Layer(fd, "raw", network=node)
 
     def users(self, name: str) -> str:
-        """Clients that watch it: whoever opens an image for writing does, on whatever host; 30 s longer if it is killed."""
+        """Clients that watch it: whoever opens an image for writing does, on whatever host; 30 s longer if it is killed.
+
+        libvirt does so for a moment when it refreshes the pool, and another run when it makes a snapshot: they do not count.
+        """
         domains = self._connection.users_of_network("rbd", self.path_of(name), self.access.hosts, self.name, name)
-        watchers = self._watchers(name)
+        watchers = [] if domains else self._watchers(name)
+        end = time.monotonic() + _MOMENT
+        while watchers and time.monotonic() < end:
+            time.sleep(0.1)
+            watchers = self._watchers(name)
         return domains or (f"the client of Ceph at {', '.join(watchers[:3])}" if watchers else "")
 
     def changes(self, volume: t.Optional[Device]) -> t.Tuple[str, ...]:
