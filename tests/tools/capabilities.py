@@ -37,14 +37,14 @@ HEAD = """# Pools
 What can be done with the volumes of a pool, by its type. What is not possible is refused before a byte moves, with
 `error_code: NO_SUPPORT`. A `directory` is an absolute path in place of a pool's name, and needs no libvirt.
 
-| type | new volumes | full clones into it | linked clones | flatten | grow | delete | formats | a killed run leaves | tested on |
+| type | new volumes | full clones | linked clones | flatten | grow | delete | formats | a killed run leaves | tested on |
 |---|---|---|---|---|---|---|---|---|---|
 """
 TAIL = """
 - Every pool in this table is also a source of full clones. A volume of a type without new volumes exists before anything is
   cloned: state `compare: content`, and its data is that of the source afterwards.
-- A linked clone is a qcow2 image over its source in a pool of files, a child of a protected snapshot in `rbd`, and a snapshot in
-  `logical`, thin where its source is thin.
+- A linked clone is a qcow2 image over its source in a pool of files, a child of a protected snapshot in `rbd`, and a snapshot
+  in `logical`, thin where its source is thin.
 - Pools of the types `gluster`, `mpath`, `vstorage` and `zfs` can be declared by `storage_pool`; nothing is cloned there.
 - A pool on another host is reached by libvirt's own calls, which can do less.
 
