@@ -16,6 +16,9 @@ options:
   uri:
     description:
       - Connection to libvirt on the managed host. Not used for directory pools.
+      - With a host in it, or a transport other than a local socket, as in V(qemu+ssh://root@kvm2.example.com/system), the pools
+        are those of that host. Only libvirt's own calls reach them. They do less, they are not safe against a crash, and what
+        they cannot do fails with C(NO_SUPPORT), see the guide on connections to another host.
       - Taken from the environment variable E(LIBVIRT_DEFAULT_URI) where not stated.
     type: str
     default: qemu:///system

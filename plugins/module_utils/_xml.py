@@ -28,6 +28,8 @@ _FORMATS = [
 _FEATURES = ("lazy_refcounts", "extended_l2")
 _QCOW2_ONLY = ("compat", "clusterSize", "features")
 _BLANKS = " \t\r\n"
+#: what a disk names: a path, or a pool and the name of a volume
+DiskName = t.Union[str, t.Tuple[str, str]]
 # uid_t and gid_t; the largest is -1, "leave it".
 _MAX_ID = 2**32 - 1
 
@@ -56,6 +58,19 @@ class VolumeXML:
 
 
 @dataclass(frozen=True)
+class VolumeStatus:
+    """What libvirt tells of a volume besides: where it is, and what it occupies. Sizes in bytes; None where it does not say."""
+
+    name: str
+    type: str
+    key: str
+    path: str
+    allocation: t.Optional[int] = None
+    physical: t.Optional[int] = None
+    label: t.Optional[str] = None
+
+
+@dataclass(frozen=True)
 class PoolXML:
     """A pool as libvirt describes it. ``target_path`` is None where the pool has none (rbd, gluster, iscsi-direct)."""
 
@@ -65,8 +80,10 @@ class PoolXML:
     target_path: t.Optional[str] = None
 
 
-def parse_volume(document: str) -> VolumeXML:
+def parse_volume(document: str, device: bool = False) -> VolumeXML:
     """What a volume document states.
+
+    :param device: whether it describes a device, whose format is of a partition or a file system, and none of an image
 
     Output-only elements (``key``, ``physical``, ``target/path``, ``target/timestamps``, …), ``allocation``, labels and
     elements that libvirt does not know are accepted and ignored, so that what ``virsh vol-dumpxml`` prints can be given
@@ -86,7 +103,7 @@ def parse_volume(document: str) -> VolumeXML:
         raise CloneError("XML_ERROR", "xml: the volume name element is empty")
     _size(root, "allocation")
     target = child(root, "target")
-    image_format = _format(target)
+    image_format = None if device else _format(target)
     _refuse_qcow2_options(target, image_format)
     compat, features = _compat_and_features(target)
     mode, owner, group = permissions(target)
@@ -126,10 +143,12 @@ def volume_xml(
     lazy_refcounts: t.Optional[bool] = None,
     extended_l2: t.Optional[bool] = None,
     nocow: t.Optional[bool] = None,
+    backing: t.Optional[t.Tuple[str, str]] = None,
 ) -> str:
     """A volume document for libvirt, valid by its storagevol.rng. Sizes in bytes.
 
-    ``allocation`` is always written: libvirt takes a missing one for the whole capacity.
+    ``allocation`` is always written: libvirt takes a missing one for the whole capacity. ``backing`` is the path and the format
+    of a backing store.
 
     :raises CloneError: ``INVALID_ARG`` for a name that XML cannot carry
     """
@@ -163,7 +182,27 @@ def volume_xml(
         for feature, wanted in zip(_FEATURES, (lazy_refcounts, extended_l2)):
             if wanted:
                 etree.SubElement(features, feature)
+    if backing is not None:
+        below = etree.SubElement(root, "backingStore")
+        add(below, "path", backing[0])
+        etree.SubElement(below, "format", type=backing[1])
     return t.cast(str, etree.tostring(root, encoding="unicode", pretty_print=True))
+
+
+def volume_status(document: str) -> VolumeStatus:
+    """Where a volume is and what it occupies, from what its ``XMLDesc`` returns."""
+    root = parse(document, "volume")
+    target = child(root, "target")
+    path = text_of(target, "path") or ""
+    return VolumeStatus(
+        name=text_of(root, "name") or "",
+        type=root.get("type") or "file",
+        key=text_of(root, "key") or path,
+        path=path,
+        allocation=_size(root, "allocation"),
+        physical=_size(root, "physical"),
+        label=text_of(child(target, "permissions"), "label") or None,
+    )
 
 
 def volume_path(document: str) -> t.Optional[str]:
@@ -264,6 +303,28 @@ def domain_disks(document: str) -> t.List[str]:
         for attribute in ("file", "dev")
     ]
     return list(dict.fromkeys(path for path in paths if path))
+
+
+def domain_uses(document: str, writing: bool = False) -> t.Set[DiskName]:
+    """What a domain's disks name: the paths of :func:`domain_disks`, and volumes of pools.
+
+    :param writing: only what the domain writes to: no layers below a disk, and no disk that is only read
+    :raises CloneError: ``XML_ERROR`` when that is no domain document
+    """
+    root = parse(document, "domain")
+    found: t.Set[DiskName] = set()
+    for disk in root.findall("devices/disk"):
+        if writing and disk.find("readonly") is not None:
+            continue
+        # What is being copied to is written to as well (virDomainDiskDefMirrorParse).
+        sources = [*disk.findall("source"), *disk.findall("mirror"), *disk.findall("mirror/source")]
+        for element in sources if writing else disk.iter("source", "mirror"):
+            # An image of Ceph has its name for a path.
+            named = element.get("name") if element.get("protocol") == "rbd" else None
+            found.update(value for value in (element.get("file"), element.get("dev"), named) if value)
+            if element.get("pool") and element.get("volume"):
+                found.add((element.get("pool"), element.get("volume")))
+    return found
 
 
 def domain_pools(document: str) -> t.List[str]:

@@ -205,6 +205,9 @@ seealso:
   - module: virtforge.libvirt.storage_pool_info
   - module: community.libvirt.virt_pool
 notes:
+  - With a O(uri) of another host, libvirt makes the directory of a pool that does not start without, with the permissions that
+    O(xml) states. O(owner), O(group) and O(mode) are refused. O(build) formats only for a pool that the same task defines, and
+    libvirt refuses a device that holds anything. On btrfs libvirt exempts directories that it makes from copy-on-write.
   - Without root, and for a pool of C(qemu:///system), use C(become).
 """
 

@@ -77,10 +77,11 @@ options:
   owner:
     description:
       - User that owns the volume, by name or number. The running user where not stated.
+      - By number with a O(uri) of another host, and libvirt's own user there where not stated.
     type: str
   group:
     description:
-      - Group of the volume, by name or number.
+      - Group of the volume, by name or number; by number with a O(uri) of another host.
     type: str
   mode:
     description:
@@ -99,6 +100,7 @@ options:
       - Volumes that have it as their backing store stay valid.
       - A volume that is in use is refused, and so is one with internal snapshots, which would be lost. Bitmaps are lost, with
         a warning.
+      - Not possible with a O(uri) of another host.
     type: bool
     default: false
   source_pool:
@@ -112,6 +114,7 @@ options:
         elsewhere, or is kept there as it was.
       - Blocks that other files share, and all blocks on file systems that write elsewhere instead of overwriting (btrfs), keep
         their data; a warning says so.
+      - With a O(uri) of another host, libvirt does it, which only frees the blocks of a raw file that has holes.
     type: bool
     default: false
   wipe_algorithm:
@@ -221,7 +224,8 @@ from ..module_utils import _argspec
 from ..module_utils._clone import executor, request
 from ..module_utils._errors import CloneError
 from ..module_utils._module import Module, respawn_for_pools, run
-from ..module_utils._volumes import removal
+from ..module_utils._uri import is_elsewhere
+from ..module_utils._volumes import remote, removal
 
 ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     **_argspec.URI,
@@ -260,7 +264,9 @@ def check(params: t.Mapping[str, t.Any], on_host: bool = True) -> t.Union[reques
 def declare(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.Any]:
     respawn_for_pools([params["pool"], params["source_pool"]], params["xml"] is not None)
     wanted = check(params)
-    return removal.run(wanted, check_mode) if isinstance(wanted, removal.Removal) else executor.run(wanted, check_mode)
+    if isinstance(wanted, removal.Removal):
+        return (remote.remove if is_elsewhere(wanted.uri, wanted.pool) else removal.run)(wanted, check_mode)
+    return executor.run(wanted, check_mode)
 
 
 def main() -> None:

@@ -106,6 +106,8 @@ options:
     description:
       - Absolute path of a file or block device on the managed host to clone.
       - For O(clone_type=linked) it has to lie in O(pool) or O(source_pool), since later tasks read through the clone.
+      - With a O(uri) of another host it is uploaded to that, without its holes. To become another format, it is first converted
+        in the directory C(/var/tmp) of the managed host, or in that of the environment variable E(TMPDIR).
     type: path
   source_pool:
     description:
@@ -148,7 +150,8 @@ options:
     default: false
   method:
     description:
-      - V(auto) shares blocks where it can and copies where not, and says so in RV(volume.fallback_reason).
+      - V(auto) shares blocks where it can and copies where not, and says so in RV(volume.fallback_reason). With a O(uri) of
+        another host it is V(libvirt), or an upload.
       - V(reflink) shares all blocks of data or fails. V(copy) shares none.
       - V(libvirt) has libvirt make the clone, for a user who may not write to the pool's directory. It is slower, and
         a libvirtd that is killed leaves an unfinished volume.
@@ -175,13 +178,13 @@ options:
     default: false
   owner:
     description:
-      - User that owns the volume, by name or number.
+      - User that owns the volume, by name or number; by number with a O(uri) of another host.
       - Where not stated, a new volume has the owner, group and mode of a source that is a volume of a pool, else it
         belongs to the running user with the mode V(0600).
     type: str
   group:
     description:
-      - Group of the volume, by name or number.
+      - Group of the volume, by name or number; by number with a O(uri) of another host.
     type: str
   mode:
     description:

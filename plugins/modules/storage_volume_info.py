@@ -53,6 +53,8 @@ notes:
     C(CORRUPT_IMAGE).
   - The backing store of a logical volume is what it is a snapshot of. A thin snapshot is none of the
     RV(volumes[].dependents) of its origin, because it keeps its data without it.
+  - With a O(uri) of another host, all is told as libvirt saw it when it last looked at the pool. Formats are those that it
+    finds, dependents are volumes of active pools, users are running domains, and owners and groups are numbers.
   - Without root, volumes and processes that the user may not look into are described as far as that goes.
 """
 
@@ -207,7 +209,8 @@ from ..module_utils._errors import CloneError
 from ..module_utils._module import Module, respawn_for_pools, run
 from ..module_utils._names import check_name, check_pool
 from ..module_utils._pools.devices import DevicePool
-from ..module_utils._volumes import devices
+from ..module_utils._uri import is_elsewhere
+from ..module_utils._volumes import devices, remote
 from ..module_utils._volumes.inventory import Inventory
 
 ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
@@ -223,7 +226,12 @@ def describe(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.A
     if name is not None:
         check_name(name, "name")
     respawn_for_pools([pool], False)
-    with closing(Inventory(params["uri"], pool, name, Deadline(None, "timeout"))) as inventory:
+    inventory: t.Union[Inventory, remote.Inventory]
+    if is_elsewhere(params["uri"], pool):
+        inventory = remote.Inventory(params["uri"], pool, name)
+    else:
+        inventory = Inventory(params["uri"], pool, name, Deadline(None, "timeout"))
+    with closing(inventory):
         try:
             found = inventory.open_pool()
         except CloneError as exc:

@@ -356,3 +356,56 @@ def place(request, scratch):
     if "libvirtd" in request.fixturenames:
         remove_pools()
     shutil.rmtree(place)
+
+
+@dataclass(frozen=True)
+class Hypervisor:
+    """A host that is reached at ``uri``, and by ssh. What it has in /srv is seen here below ``srv``."""
+
+    uri: str
+    ssh: str
+    srv: Path
+
+    def virsh(self, *arguments):
+        return harness.virsh(*arguments, uri=self.uri)
+
+
+@pytest.fixture(scope="session")
+def hypervisor(scratch):
+    place, known = scratch / "hosts", Path("/root/.ssh")
+    missing = not known.exists()
+    known.mkdir(exist_ok=True)
+    run("mount", "-t", "tmpfs", "-o", "mode=0700", "none", known)
+    with served("start-sshhosts", place, 1, 2201):
+        keys = (place / "known_hosts").read_text()
+        # Also as the examples in docs/remote.md call it.
+        (known / "known_hosts").write_text(keys + keys.replace("127.0.0.1", "kvm2.example.com"))
+        ssh = f"qemu+ssh://root@127.0.0.1:2201/system?keyfile={place}/id&no_tty=1"
+        yield Hypervisor("qemu+tcp://127.0.0.1:3201/system", ssh, place / "host1" / "srv")
+    run("umount", known)
+    if missing:
+        known.rmdir()
+
+
+def _far_pool(hypervisor):
+    name = f"far{next(_numbers)}"
+    hypervisor.virsh("pool-define-as", name, "dir", "--target", f"/srv/{name}")
+    hypervisor.virsh("pool-build", name)
+    hypervisor.virsh("pool-start", name)
+    harness.pools[name] = hypervisor.srv / name
+    yield name
+    harness.virsh_status("pool-destroy", name, uri=hypervisor.uri)
+    harness.virsh_status("pool-undefine", name, uri=hypervisor.uri)
+    assert not harness.leftovers(harness.pools[name])
+    shutil.rmtree(harness.pools.pop(name))
+
+
+@pytest.fixture
+def far(hypervisor):
+    """A directory pool of the other host: its name."""
+    yield from _far_pool(hypervisor)
+
+
+@pytest.fixture
+def far2(hypervisor):
+    yield from _far_pool(hypervisor)

@@ -27,15 +27,15 @@ MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("*.py
 
 
 @pytest.fixture
-def host(libvirtd, gluster, file_systems, scratch):
-    """What the examples find: pools, images, devices, a file server, and an inventory with the group "hypervisors"."""
+def host(libvirtd, gluster, hypervisor, file_systems, scratch):
+    """What the examples find: pools, images, devices, servers, another hypervisor, and an inventory with "hypervisors"."""
     place = file_systems["xfs"] / "examples"
     for name in ("srv", "home", "var/lib/libvirt/images"):
         (place / name).mkdir(parents=True)
         Path("/", name).mkdir(parents=True, exist_ok=True)
         run("mount", "--bind", place / name, f"/{name}")
     names = scratch / "names"
-    names.write_text(Path("/etc/hosts").read_text() + "127.0.0.2 nas.example.com\n")
+    names.write_text(Path("/etc/hosts").read_text() + "127.0.0.2 nas.example.com\n127.0.0.1 kvm2.example.com\n")
     run("mount", "--bind", names, "/etc/hosts")
 
     golden = place / "golden.qcow2"
@@ -51,15 +51,18 @@ def host(libvirtd, gluster, file_systems, scratch):
     Path("/home/anna").mkdir()
     shutil.copy(golden, "/home/anna/debian-13.qcow2")
     harness.make_raw("/home/anna/netinst.iso", 4 * MIB, ((0, 1),))
+    Path("/home/anna/.ssh").mkdir()
+    shutil.copy(hypervisor.srv.parents[1] / "id", "/home/anna/.ssh/kvm2")
 
     devices = {name: Device(scratch, name) for name in ("/dev/vg0/web1", "/dev/disk/by-id/virtio-vms")}
     inventory = scratch / "hosts.yml"
     here = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"}
     inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": {"localhost": here}}}))
     yield inventory
-    for pool in virsh("pool-list", "--all", "--name").split():
-        harness.virsh_status("pool-destroy", pool)
-        harness.virsh_status("pool-undefine", pool)
+    for uri in ("qemu:///system", hypervisor.uri):
+        for pool in virsh("pool-list", "--all", "--name", uri=uri).split():
+            harness.virsh_status("pool-destroy", pool, uri=uri)
+            harness.virsh_status("pool-undefine", pool, uri=uri)
     for device in devices.values():
         device.end()
     for name in ("/etc/hosts", "/srv", "/home", "/var/lib/libvirt/images"):

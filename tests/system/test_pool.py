@@ -753,7 +753,7 @@ def bad(place):
         ("XML_ERROR", ["DOCTYPE"], {"xml": "<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><pool type='dir'/>"}),
         ("NO_SUPPORT", ["type", "sheepdog"], {"xml": "<pool type='sheepdog'><name>p</name></pool>"}),
         # connections
-        ("NO_SUPPORT", ["uri", "qemu+ssh://other/system"], {"name": "p", "uri": "qemu+ssh://other/system"}),
+        ("IO_ERROR", ["uri", "127.0.0.1:9"], {"name": "p", "uri": "qemu+tcp://127.0.0.1:9/system"}),
         ("INVALID_ARG", ["uri", "nonsense"], {"name": "p", "uri": "nonsense"}),
     ]
 

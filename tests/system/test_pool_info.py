@@ -134,7 +134,7 @@ def test_a_hundred_pools_are_quick(libvirtd):
         ("INVALID_ARG", {"name": ""}, ["name"]),
         ("INVALID_ARG", {"type": "dir"}, ["type"]),
         ("INVALID_ARG", {"uri": "nonsense"}, ["uri", "nonsense"]),
-        ("NO_SUPPORT", {"uri": "qemu+ssh://other/system"}, ["uri", "qemu+ssh://other/system"]),
+        ("IO_ERROR", {"uri": "qemu+tcp://127.0.0.1:9/system"}, ["uri", "qemu+tcp://127.0.0.1:9/system"]),
         ("IO_ERROR", {"uri": "nosuch:///system"}, ["uri", "nosuch:///system"]),
     ],
 )

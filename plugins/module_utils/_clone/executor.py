@@ -15,14 +15,13 @@ import time
 import typing as t
 from contextlib import closing
 
-from .. import _xml
 from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.qemu_img import Layer
 from .._pools.devices import DevicePool
-from .._pools.libvirt import LibvirtPool
+from .._pools.remote import RemotePool
 from .._transfer import file_copy, guards, locks, pace, staging
-from . import devices, planner, result
+from . import devices, planner, remote, result
 from .facts import Scene
 from .planner import Backing, Create, Facts, Flatten, Grow, Ownership, Plan, SetPermissions
 from .request import Request
@@ -88,6 +87,9 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
                     transfer = done or transfer
                 return facts, plan, transfer
             except FileExistsError:
+                if facts.pool.remote:
+                    # Of what others make there libvirt tells once it has looked.
+                    scene.pool.refresh(waiting)
                 continue
             except OSError as exc:
                 raise from_os_error(exc, f"making volume {facts.name!r} of pool {request.pool!r}") from exc
@@ -96,6 +98,8 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
 
 def source_locks(scene: Scene) -> t.List[str]:
     """Names of the locks of the source and all below it; of a volume to be flattened, which is locked itself, all below it."""
+    if isinstance(scene.pool, RemotePool) and scene.request.source is not None:
+        return [scene.source_pool.lock_key(scene.request.source)]
     layers = scene.layers[1:] if scene.request.flatten else scene.layers
     return [image.lock_key for image in layers]
 
@@ -110,10 +114,13 @@ def wait_for_source(scene: Scene) -> None:
 def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Transfer]:
     on_device = isinstance(scene.pool, DevicePool)
     if isinstance(step, Create):
-        how = _create_by_libvirt if step.route == "libvirt" else devices.create if on_device else _create
+        if facts.pool.remote:
+            return remote.create(scene, facts, step, _convert)
+        how = remote.clone if step.route == "libvirt" else devices.create if on_device else _create
         return how(scene, facts, step)
     if isinstance(step, Grow):
-        (devices.grow if on_device else _grow_in_place)(scene, facts, step)
+        how_to_grow = remote.grow if facts.pool.remote else devices.grow if on_device else _grow_in_place
+        how_to_grow(scene, facts, step)
     elif isinstance(step, Flatten):
         devices.flatten(scene, facts)
     else:
@@ -348,42 +355,6 @@ def _grow_image(
         # qemu-img cannot resize a version 2 image that has snapshots: they do not record their own size.
         scene.qemu.run(qemu_img.amend_compat(layers), names, f"amending {what}", watch)
     scene.qemu.run(qemu_img.resize(layers, step.capacity, step.preallocation), names, f"growing {what}", watch)
-
-
-def _create_by_libvirt(scene: Scene, facts: Facts, step: Create) -> Transfer:
-    """libvirt's own call. Cross-pool calls go one at a time: two in opposite directions hang the daemon."""
-    pool, source_pool = t.cast(LibvirtPool, scene.pool), t.cast(LibvirtPool, scene.source_pool)
-    if step.replaces:
-        raise CloneError(
-            "NO_SUPPORT", f"method=libvirt cannot replace volume {facts.name!r}: it would be gone if the clone fails"
-        )
-    with source_checked(scene) as expect_sound:
-        expect_sound()
-    features = step.qcow2
-    document = _xml.volume_xml(
-        name=facts.name,
-        capacity=step.capacity,
-        format=step.format,
-        mode=step.owner.mode,
-        owner=step.owner.uid,
-        group=step.owner.gid,
-        compat=features.compat if features else None,
-        cluster_size=features.cluster_size if features else None,
-        lazy_refcounts=features.lazy_refcounts if features else None,
-        extended_l2=features.extended_l2 if features else None,
-        nocow=step.nocow,
-    )
-    flags = 1 if step.preallocation == "metadata" else 0  # VIR_STORAGE_VOL_CREATE_PREALLOC_METADATA
-    one_at_a_time = [] if pool.name == source_pool.name else ["libvirt-clone"]
-    waiting = scene.deadline.sooner(scene.request.lock_timeout, "lock_timeout")
-    with locks.Locks([], one_at_a_time, waiting, "waiting for another clone by libvirt"):
-        try:
-            pool.clone(document, source_pool, t.cast(str, facts.source.name), flags, step.capacity, waiting)
-        except CloneError as exc:
-            if exc.code == "STORAGE_VOL_EXIST":
-                raise FileExistsError from exc
-            raise
-    return Transfer("libvirt")
 
 
 # --- a volume that exists -----------------------------------------------------------------------------------------------

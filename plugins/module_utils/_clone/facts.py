@@ -26,14 +26,16 @@ from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.probe import Image
 from .._images.qemu_img import Layer, QemuImg
-from .._pools import capabilities
+from .._pools import capabilities, remote
 from .._pools.devices import Device, DevicePool, DiskPool
 from .._pools.directory import DirectoryPool, kind_of
 from .._pools.libvirt import Connection, LibvirtPool, device_number
 from .._pools.network import NetworkPool, memory
 from .._pools.rbd import RbdImage, RbdPool
+from .._pools.remote import RemotePool, RemoteVolume
 from .._transfer import device, file_copy, guards, locks, staging
 from .._transfer.pace import Rate
+from .._uri import is_elsewhere
 from .._volumes.inventory import Inventory
 from . import planner
 from .planner import Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
@@ -97,6 +99,8 @@ class Scene:
         self.target_device: t.Optional[Device] = None
         #: options by which qemu-img reaches it, where it is no device of this host; ``target_fd`` is then its key
         self.target_network: t.Optional[t.Mapping[str, t.Any]] = None
+        #: the target where it is on another host
+        self.target_elsewhere: t.Optional[RemoteVolume] = None
         #: what lies below the target, once somebody asked
         self.target_below: t.List[OpenImage] = []
         #: when the whole task has to be over
@@ -181,7 +185,8 @@ class Scene:
             request.source_name, target_format(request, source.image), source.image.format if source.image else None
         )
         if pool is None:
-            facts = PoolFacts(request.pool, "unknown", None, self._missing[request.pool])
+            elsewhere = is_elsewhere(request.uri, request.pool)
+            facts = PoolFacts(request.pool, "unknown", None, self._missing[request.pool], remote=elsewhere)
             return self._with_user(Facts(facts, source, TargetFacts(), name, self.check_mode))
         facts = PoolFacts(pool.name, pool.type, pool.path)
         if request.linked:
@@ -190,6 +195,9 @@ class Scene:
             taken = t.cast(t.Set[str], self.told.get("names", set()))
             facts = replace(facts, granularity=pool.granularity, next_name=pool.next_name(taken))
             return self._with_user(Facts(facts, source, self._target_device(pool, name, source), name, self.check_mode))
+        if isinstance(pool, RemotePool):
+            facts = replace(facts, remote=True)
+            return self._with_user(Facts(facts, source, self._target_elsewhere(pool, name, source), name, self.check_mode))
         label = _default_label(pool.path_of(name))
         return self._with_user(
             Facts(facts, source, self._target(pool, name, source), name, self.check_mode, default_label=label)
@@ -226,6 +234,8 @@ class Scene:
             return replace(facts, gone=self._missing[pool_name])
         if isinstance(pool, DevicePool):
             return self._source_device(facts, pool)
+        if isinstance(pool, RemotePool):
+            return self._source_elsewhere(replace(facts, remote=True), pool)
         facts = replace(facts, path=pool.path_of(name))
         status = pool.lstat(name)
         path = facts.path
@@ -292,6 +302,9 @@ class Scene:
 
     def writers_now(self) -> str:
         """Who has the source open for writing."""
+        source = t.cast(SourceFacts, self.told["source"])
+        if source.remote:
+            return t.cast(RemotePool, self.source_pool).writers_of(source.path)
         for image in self.layers:
             pool = self._pools.get(self.request.effective_source_pool)
             on_network = image.network is not None and isinstance(pool, NetworkPool)
@@ -314,6 +327,60 @@ class Scene:
             return f"{image.what} was opened for writing by {who} while it was read"
         changed = pool.changes(pool.volume(image.name)) != self.told["changes"]
         return f"{image.what} changed while it was read" if changed else ""
+
+    def _source_elsewhere(self, facts: SourceFacts, pool: RemotePool) -> SourceFacts:
+        """A volume on another host: libvirt's word, and the header as libvirt reads it out."""
+        volume = pool.volume(t.cast(str, facts.name))
+        if volume is None:
+            return replace(facts, gone=f"{facts.what} does not exist")
+        facts = replace(facts, path=volume.path, key=volume.key, identity=(pool.name, volume.name))
+        if volume.stated is None:
+            raise t.cast(CloneError, volume.error)
+        if volume.type not in ("file", "block"):
+            raise CloneError("INVALID_ARG", f"{facts.what} is of type {volume.type}, not a file or block device")
+        head = pool.head(
+            volume.name, None if self.check_mode else self.deadline.sooner(self.request.lock_timeout, "lock_timeout")
+        )
+        if remote.is_marked(head):
+            raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that uploads it was killed, or goes on")
+        stated = volume.stated
+        image = _image_elsewhere(volume, stated, head, self.request.source_format, facts.what)
+        owner = (stated.owner, stated.group, stated.mode)
+        return replace(
+            facts,
+            image=image,
+            block=volume.type == "block",
+            below=tuple(self._below_elsewhere(volume, facts.what)),
+            owner=t.cast(t.Tuple[int, int, int], owner) if volume.type == "file" and None not in owner else None,
+        )
+
+    def _below_elsewhere(self, volume: RemoteVolume, what: str) -> t.List[t.Tuple[str, str]]:
+        """Pool and name of all that lies below a volume on another host.
+
+        :raises CloneError: ``UNSAFE_IMAGE`` for what is no volume of the pools that the task names
+        """
+        found: t.List[t.Tuple[str, str]] = []
+        pools = [pool for pool in self._pools.values() if isinstance(pool, RemotePool)]
+        while volume.stated is not None and volume.stated.backing_path is not None:
+            path = volume.stated.backing_path
+            directory, name = os.path.split(path)
+            pool = next((pool for pool in pools if os.path.normpath(pool.path) == directory), None)
+            above, below = volume, pool.volume(name) if pool else None
+            if pool is None or below is None:
+                raise CloneError(
+                    "UNSAFE_IMAGE",
+                    f"{what} has {path!r} below it, which is no volume of the pools of this task; if it is meant, name its pool"
+                    " as pool or source_pool",
+                )
+            if (pool.name, name) in found or len(found) >= MAX_DEPTH:
+                raise CloneError("UNSAFE_IMAGE", f"{what} has more than {MAX_DEPTH} images below it, or a loop")
+            if below.stated is None or (above.stated and below.stated.format != (above.stated.backing_format or "raw")):
+                raise CloneError(
+                    "UNSAFE_IMAGE", f"{what} has {path!r} below it, recorded with another format than libvirt finds"
+                )
+            found.append((pool.name, name))
+            volume = below
+        return found
 
     def _open_source(self, facts: SourceFacts, path: str, pool: t.Optional[DirectoryPool]) -> SourceFacts:
         try:
@@ -569,6 +636,45 @@ class Scene:
         encrypted = probe.read_raw(volume.capacity, (), head).encrypted
         return replace(facts, image=replace(image, encrypted=encrypted), unfinished=marked and head == device.MARK)
 
+    def _target_elsewhere(self, pool: RemotePool, name: str, source: SourceFacts) -> TargetFacts:
+        volume = self.target_elsewhere = pool.volume(name)
+        if volume is None:
+            return TargetFacts()
+        stated, what = volume.stated, f"volume {name!r} of pool {pool.name!r}"
+        facts = TargetFacts(identity=(pool.name, name), obstacle="a directory" if volume.type == "dir" else None)
+        if facts.obstacle or facts.identity == source.identity:
+            return facts
+        if stated is None:
+            error = t.cast(CloneError, volume.error)
+            return replace(facts, image=Image("raw", 0, unreadable=error.msg))
+        patience = None if self.check_mode else self.deadline.sooner(self.request.lock_timeout, "lock_timeout")
+        head = pool.head(name, patience)
+        unfinished = remote.is_marked(head)
+        empty = not (self.request.blank or stated.capacity) and (source.image is None or source.image.capacity > 0)
+        if empty or (unfinished and not head.startswith(remote.mark())):
+            raise CloneError(
+                "IN_USE",
+                f"{what} is {'empty' if empty else 'not finished'}: a run on another host is uploading it, or was killed; if"
+                " that run is over, delete the volume (storage_volume with state=absent)",
+            )
+        image = Image(stated.format or "raw", stated.capacity or 0, stated.backing_path, stated.backing_format)
+        try:
+            depth: t.Optional[int] = len(self._below_elsewhere(volume, what))
+        except CloneError as exc:
+            if exc.code != "UNSAFE_IMAGE":
+                raise
+            depth = None
+        return replace(
+            facts,
+            image=image,
+            unfinished=unfinished,
+            uid=-1 if stated.owner is None else stated.owner,
+            gid=-1 if stated.group is None else stated.group,
+            mode=stated.mode or 0,
+            on_source=source.remote and stated.backing_path == source.key,
+            depth=depth,
+        )
+
     def _below_target(self, image: Image, source: SourceFacts) -> t.Tuple[bool, t.Optional[int]]:
         """Whether the target's backing store is the source, and how many images lie below the target; None if that is not told.
 
@@ -618,7 +724,7 @@ class Scene:
     def answer(self, asked: Unanswered, facts: Facts) -> Facts:
         """The facts with the one that the planner asked for."""
         answers: t.Dict[str, t.Callable[[], t.Any]] = {
-            "source_writers": self._source_writers,
+            "source_writers": self.writers_now,
             "source_corrupt": lambda: self.source_corrupt() if self.check_mode else "",
             "target_users": lambda: self._target_users(facts),
             "target_dependents": lambda: self._target_dependents(facts),
@@ -639,6 +745,9 @@ class Scene:
 
     def _target_chain(self, image: Image) -> bool:
         """The chain is where it may be. To be flattened, it becomes the source."""
+        if self.target_elsewhere is not None:
+            self._below_elsewhere(self.target_elsewhere, f"volume {self.target_elsewhere.name!r}")
+            return True
         topmost, *_below = self.target_layers(image)
         if self.request.flatten:
             # The same open file, so that we do not take ourselves for another user of it.
@@ -647,9 +756,6 @@ class Scene:
             self.layers[:] = [OpenImage(fd, what, path, image, False, guards.version(fd)), *self.target_below]
             self.target_below = []
         return True
-
-    def _source_writers(self) -> str:
-        return self.writers_now()
 
     def source_corrupt(self) -> str:
         """What ``qemu-img check`` says of the first image that is not sound. Leaked clusters (status 3) are no damage.
@@ -667,6 +773,8 @@ class Scene:
         return ""
 
     def _target_users(self, facts: Facts) -> str:
+        if self.target_elsewhere is not None:
+            return self.pool.users_of(self.target_elsewhere.path)
         return self._users_now(facts.name) if self.target_fd >= 0 else ""
 
     def _target_dependents(self, facts: Facts) -> Dependents:
@@ -790,10 +898,12 @@ class Scene:
         self.told.setdefault("kinds", set()).add(planner.kind(step))
 
     def _may_share(self) -> bool:
-        return guards.file_system(self.pool.fd) not in _NEVER_SHARE
+        return not isinstance(self.pool, RemotePool) and guards.file_system(self.pool.fd) not in _NEVER_SHARE
 
     def _unshareable(self) -> str:
         """Why source and target cannot share blocks; empty where they may: only trying it, with the staged file, tells."""
+        if isinstance(self.pool, RemotePool):
+            return f"pool {self.pool.name!r} is on another host"
         if not self.layers:
             return "there is no source"
         if isinstance(self.pool, DevicePool):
@@ -814,12 +924,20 @@ class Scene:
         by_libvirt = draft is not None and draft.route == "libvirt"
         if not denied and isinstance(self.pool, LibvirtPool) and not by_libvirt:
             denied = self.pool.cannot_write()
-        if not denied and draft is None and self.target_fd < 0:
+        if not denied and draft is None and self.target_fd < 0 and not isinstance(self.pool, RemotePool):
             denied = f"pool {self.pool.name!r}: this user cannot open the volume; use become"
         return denied
 
+    def volume_elsewhere(self, name: str) -> t.Optional[RemoteVolume]:
+        """The target as it is now, where it is on another host."""
+        pool = self._pools.get(self.request.pool)
+        return pool.volume(name) if isinstance(pool, RemotePool) else None
+
     def target_in_use(self, name: str) -> str:
         """Who uses the target now, or that it is another file by now; empty for neither."""
+        if self.target_elsewhere is not None:
+            who = self.pool.users_of(self.target_elsewhere.path)
+            return f"it is open by {who}" if who else ""
         if self.target_device is not None:
             who = self._users_now(name)
             return f"it is open by {who}" if who else ""
@@ -874,6 +992,40 @@ def _path_of(fd: int) -> str:
 
 def _identity(status: os.stat_result) -> t.Tuple[int, ...]:
     return (status.st_rdev,) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def _image_elsewhere(volume: RemoteVolume, stated: _xml.VolumeXML, head: bytes, pinned: t.Optional[str], what: str) -> Image:
+    """What the header says, which has to be what libvirt says: by that its clone call reads the volume.
+
+    :raises CloneError: ``NO_SUPPORT`` where the task states another format, ``UNSAFE_IMAGE`` where the two disagree
+    """
+    told = stated.format or "raw"
+    if pinned not in (None, told):
+        raise CloneError(
+            "NO_SUPPORT", f"source_format: {what} is {told} for libvirt, which cannot be told to read it as {pinned}"
+        )
+    if volume.type == "block":
+        return Image("raw", stated.capacity or 0)
+    fd = os.memfd_create("head", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, head)
+        size = volume.physical or len(head)
+        found = [name for name in probe.detect(fd, len(head)) if name != "vpc-footer"]
+        if told != "raw" or not pinned:
+            read_as = probe.choose_format(found, None, what)
+            if head and read_as != told:
+                raise CloneError("UNSAFE_IMAGE", f"{what} is {told} for libvirt, but begins as {read_as}; refresh its pool")
+        if told == "qcow2" and head:
+            image = probe.read_qcow2(fd, size, what)
+            if (image.backing is None) != (stated.backing_path is None):
+                raise CloneError("UNSAFE_IMAGE", f"{what} has another backing store than libvirt knows of; refresh its pool")
+            return replace(image, backing=stated.backing_path, backing_format=stated.backing_format)
+        if told == "raw":
+            return replace(probe.read_raw(size, found, head), capacity=stated.capacity or 0)
+        probe.refuse_parents(fd, told, what)
+    finally:
+        os.close(fd)
+    return Image(told, stated.capacity or 0, stated.backing_path, stated.backing_format)
 
 
 def _image_from_xml(document: str) -> Image:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from .._errors import CloneError, from_os_error
 from .._pools.devices import DevicePool
+from .._pools.remote import RemotePool
 from .._transfer import guards, locks, staging
 from . import executor, planner, result
 from .facts import OpenImage, Scene
@@ -64,7 +65,9 @@ class Job:
     @property
     def stages(self) -> bool:
         """Whether the new volume is a file to be staged; the others are made one by one."""
-        return self.creates is not None and self.creates.route != "libvirt" and not isinstance(self.scene.pool, DevicePool)
+        if self.creates is None or self.creates.route == "libvirt":
+            return False
+        return not isinstance(self.scene.pool, (DevicePool, RemotePool))
 
     def attempt(self, work: t.Callable[[], None]) -> None:
         """Do something for this volume alone: if it fails, that is this volume's error."""
@@ -148,6 +151,9 @@ def _change(first: Scene, jobs: t.Sequence[Job]) -> None:
             jobs = [job for job in jobs if job.taken]
             if not jobs:
                 return
+            if isinstance(first.pool, RemotePool):
+                # Of what others make there libvirt tells once it has looked.
+                first.pool.refresh(waiting)
     for job in jobs:
         job.error = CloneError("STORAGE_VOL_EXIST", f"{job.what} comes and goes while it is made")
 

@@ -48,6 +48,8 @@ class PoolFacts:
     granularity: int = 1
     #: the only name that the next volume can have, where the pool decides that
     next_name: t.Optional[str] = None
+    #: whether it is on another host, where only libvirt's own calls reach
+    remote: bool = False
 
     @property
     def able(self) -> capabilities.Capabilities:
@@ -81,6 +83,8 @@ class SourceFacts:
     unlinkable: str = ""
     #: whether a linked clone of it has its capacity, neither less nor more
     fixed: bool = False
+    #: whether it is a volume of a pool on another host
+    remote: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,9 @@ def plan(request: Request, facts: Facts) -> Plan:
     :raises Unanswered: a fact is missing
     """
     target = facts.target
-    if facts.pool.able.devices:
+    if facts.pool.remote or facts.source.remote:
+        _refuse_remote(request, facts)
+    elif facts.pool.able.devices:
         _refuse_device(request, facts)
     if request.linked:
         _refuse_linked(request, facts)
@@ -383,6 +389,34 @@ def _refuse_device(request: Request, facts: Facts) -> None:
         raise CloneError("INVALID_ARG", f"compare: state content for {what} whose volumes exist before anything is cloned")
 
 
+def _refuse_remote(request: Request, facts: Facts) -> None:
+    """What libvirt's calls cannot do by a connection to another host, whether or not the volume exists already."""
+    source, way = facts.source, f"by a connection to another host (uri {request.uri}); run the task on that host"
+    if not facts.pool.remote:
+        raise CloneError("NO_SUPPORT", f"pool: {source.what} cannot be cloned into {facts.pool.name!r} of this host {way}")
+    if not (facts.pool.missing or capabilities.of(facts.pool.type, remote=True).clone):
+        raise CloneError(
+            "NO_SUPPORT", f"pool: {_what(facts)}, which is of type {facts.pool.type}, can be neither made nor changed {way}"
+        )
+    wanted = target_format(request, source.image)
+    impossible = {
+        f"format={wanted}": wanted not in (None, *capabilities.of("dir", remote=True).formats),
+        f"method={request.method}": request.method in ("reflink", "copy"),
+        "compare=content": request.compare == "content",
+        f"preallocation={request.preallocation}": request.preallocation in ("falloc", "full"),
+        "verify=true": request.verify,
+        "flatten=true": request.flatten,
+        **{f"se{part}={value}": True for part, value in request.label.items()},
+        "clone_type=linked with a source of this host": request.linked and not source.remote,
+        "bwlimit": request.bwlimit is not None and source.remote,
+        "source_in_use=wait": request.source_in_use == "wait" and source.remote,
+        "allow_shrink=true": request.allow_shrink and source.remote,
+    }
+    for what, stated in impossible.items():
+        if stated:
+            raise CloneError("NO_SUPPORT", f"{what} is not possible for {_what(facts)} {way}")
+
+
 # --- a volume of that name exists ---------------------------------------------------------------------------------------
 
 
@@ -424,6 +458,8 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
 
     owner = _changed_ownership(request, facts.target)
     if owner is not None:
+        if facts.pool.remote:
+            raise _permissions_stay(request, facts, owner)
         users = _known(facts, "target_users")
         if users:
             warnings.append(f"{_what(facts)} is open by {users}: its owner, group, mode and label are left alone")
@@ -437,6 +473,25 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
                 label=before.label if owner.label is None else owner.label,
             )
     return Plan(before, after, tuple(steps), tuple(warnings))
+
+
+def _permissions_stay(request: Request, facts: Facts, wanted: Ownership) -> CloneError:
+    """libvirt sets them where it makes a volume, and has no call that changes them."""
+    now = facts.target
+    parameter, has, asked = next(
+        (name, has, asked)
+        for name, has, asked in (
+            ("owner", str(now.uid), wanted.uid),
+            ("group", str(now.gid), wanted.gid),
+            ("mode", f"{now.mode:04o}", None if wanted.mode is None else f"{wanted.mode:04o}"),
+        )
+        if asked is not None
+    )
+    return CloneError(
+        "NO_SUPPORT",
+        f"{parameter}: {_what(facts)} has {has}, asked for is {asked}, which cannot be changed by a connection to another host"
+        f" (uri {request.uri}); run the task on that host",
+    )
 
 
 def _flattening(request: Request, facts: Facts, image: Image) -> Plan:
@@ -500,6 +555,12 @@ def _drop_warnings(facts: Facts, step: Create) -> t.List[str]:
 
 
 def _replacement(request: Request, facts: Facts) -> Plan:
+    if facts.pool.remote:
+        raise CloneError(
+            "NO_SUPPORT",
+            f"force=true cannot replace {_what(facts)} by a connection to another host (uri {request.uri}): libvirt cannot"
+            " rename volumes, so it would be gone if the new one fails; delete it first",
+        )
     if facts.pool.able.devices and facts.target.image and facts.target.image.encrypted:
         raise CloneError("NO_SUPPORT", f"{_what(facts)} cannot be replaced: it is encrypted (LUKS); delete it first")
     dependents: Dependents = _known(facts, "target_dependents")
@@ -583,6 +644,10 @@ def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:
                 "NO_SPACE", f"{_what(facts)} has {sizes}; pool {facts.pool.name!r} lacks {format_bytes(missing)} for that"
             )
     _refuse_preallocation(request.preallocation, image.format)
+    if facts.pool.remote and request.preallocation != "off":
+        raise CloneError(
+            "NO_SUPPORT", f"preallocation={request.preallocation}: {_what(facts)} has {sizes}; libvirt grows it without"
+        )
     _refuse_target_chain(facts, image)
     _refuse_in_use(facts, "grown")
     return Grow(image.format, wanted, request.preallocation)
@@ -712,6 +777,8 @@ def _blank(request: Request, facts: Facts, replaces: bool) -> Plan:
         capacity = _refilled(facts, facts.target.image, capacity)
     _refuse_empty(image_format, capacity)
     features = qcow2_features(request.qcow2, None) if image_format == "qcow2" else None
+    if facts.pool.remote:
+        _refuse_options_by_libvirt(features)
     owner = _new_ownership(request, facts)
     route = "device" if facts.pool.able.devices else "blank"
     step = Create(route, image_format, capacity, owner, features, request.preallocation, request.nocow, replaces)
@@ -815,6 +882,12 @@ def _refuse_shrinking(request: Request, facts: Facts, source: Image, capacity: i
 def _route(
     request: Request, facts: Facts, source: Image, image_format: str, capacity: int, features: t.Optional[Qcow2Features]
 ) -> str:
+    source_remote = facts.source.remote
+    if facts.pool.remote and source.encrypted:
+        raise CloneError(
+            "NO_SUPPORT",
+            f"{facts.source.what} is encrypted, which libvirt (uri {request.uri}) has no secret for; run the task on that host",
+        )
     if request.linked:
         if facts.source.fixed and capacity > source.capacity:
             raise CloneError(
@@ -824,7 +897,12 @@ def _route(
             )
         if features is not None:
             _refuse_header(facts, features)
+        if source_remote:
+            _refuse_options_by_libvirt(features)
         return "link"
+    if source_remote:
+        _refuse_by_libvirt(request, source, image_format, capacity, features)
+        return "libvirt"
     if request.method == "libvirt":
         if facts.pool.type == "directory" or facts.source.pool is None or facts.source.pool.startswith("/"):
             raise CloneError("INVALID_ARG", "method=libvirt needs a libvirt pool for both the source and the target")
@@ -841,6 +919,12 @@ def _route(
         and (image_format == "raw" or request.preallocation == "off")
     )
     if whole_file:
+        if facts.pool.remote and image_format == "raw" and source.magic is not None:
+            raise CloneError(
+                "NO_SUPPORT",
+                f"source_format=raw: {facts.source.what} begins as {source.magic}, and libvirt (uri {request.uri}) would take"
+                f" {_what(facts)} for that",
+            )
         return "copy"
     if source.encrypted:
         raise CloneError("NO_SUPPORT", f"{facts.source.what} is encrypted: it is cloned in its own format or not at all")
@@ -890,8 +974,6 @@ def _refuse_by_libvirt(
         f"preallocation={request.preallocation}": request.preallocation not in ("off", "metadata"),
         "a smaller capacity": capacity < source.capacity,
         f"a larger capacity for the format {image_format}": capacity > source.capacity and image_format not in GROWABLE,
-        "qcow2.refcount_bits": features is not None and features.refcount_bits != 16,
-        "qcow2.compression_type": features is not None and features.compression_type != "zlib",
         "a SELinux context": bool(request.label),
         # libvirt probes the source again, and follows whatever names it finds then.
         f"source_format=raw for what begins as {source.magic}": source.magic is not None,
@@ -900,7 +982,18 @@ def _refuse_by_libvirt(
     }
     for what, wanted in impossible.items():
         if wanted:
-            raise CloneError("NO_SUPPORT", f"method=libvirt cannot do {what}")
+            raise CloneError("NO_SUPPORT", f"libvirt's own call (method=libvirt) cannot do {what}")
+    _refuse_options_by_libvirt(features)
+
+
+def _refuse_options_by_libvirt(features: t.Optional[Qcow2Features]) -> None:
+    """Options of qcow2 that libvirt's XML has no element for."""
+    for option, default in (("refcount_bits", 16), ("compression_type", "zlib")):
+        value = default if features is None else getattr(features, option)
+        if value != default:
+            raise CloneError(
+                "NO_SUPPORT", f"qcow2.{option}: {value} cannot be told to libvirt, which makes volumes with {default} only"
+            )
 
 
 def _dropped(source: Image) -> t.Tuple[str, ...]:
@@ -914,6 +1007,14 @@ def _new_ownership(request: Request, facts: Facts) -> Ownership:
     """
     if facts.pool.able.devices:
         return Ownership()
+    if facts.pool.remote:
+        # Of libvirt's daemon where nothing is stated, and nobody knows who that is.
+        source_uid, source_gid, mode = facts.source.owner or (None, None, 0o600)
+        return Ownership(
+            source_uid if request.owner is None else request.owner,
+            source_gid if request.group is None else request.group,
+            mode if request.mode is None else request.mode.on(mode),
+        )
     uid, gid, mode = facts.uid, facts.gid, 0o600
     if facts.source.owner is not None:
         source_uid, source_gid, mode = facts.source.owner

@@ -19,6 +19,7 @@ from .._errors import CloneError
 from .._images.probe import FORMATS, Qcow2Features
 from .._names import check_name, check_path, check_pool
 from .._permissions import Mode, group_id, user_id
+from .._uri import is_elsewhere
 
 #: Endings of image files; anything else after a dot belongs to the name ("debian-12.1").
 _ENDINGS = ("raw", "img", "iso", "bin", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vhd", "vpc")
@@ -134,8 +135,8 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         resize=params.get("resize") is not False,
         compare=params.get("compare") or "metadata",
         force=bool(params.get("force")),
-        owner=user_id(params["owner"]) if on_host and params.get("owner") is not None else xml.owner,
-        group=group_id(params["group"]) if on_host and params.get("group") is not None else xml.group,
+        owner=_account(params, "owner", user_id, on_host) if params.get("owner") is not None else xml.owner,
+        group=_account(params, "group", group_id, on_host) if params.get("group") is not None else xml.group,
         mode=_mode(params.get("mode"), xml.mode),
         label={part: params[f"se{part}"] for part in ("user", "role", "type", "level") if params.get(f"se{part}") is not None},
         source_in_use=params.get("source_in_use") or "fail",
@@ -290,6 +291,17 @@ def _bwlimit(value: t.Optional[str]) -> t.Optional[int]:
     if limit == 0:
         raise CloneError("INVALID_ARG", f"bwlimit: {_units.quoted(value)} a second would never get done")
     return limit
+
+
+def _account(params: t.Mapping[str, t.Any], parameter: str, look_up: t.Callable[[str], int], on_host: bool) -> t.Optional[int]:
+    value = params[parameter]
+    if is_elsewhere(params.get("uri") or "", params["pool"]) and not value.isdecimal():
+        raise CloneError(
+            "NO_SUPPORT",
+            f"{parameter}: {_units.quoted(value)} may be another number on the host of pool {params['pool']!r} than here;"
+            " state the number",
+        )
+    return look_up(value) if on_host else None
 
 
 def _mode(value: t.Union[int, str, None], in_xml: t.Optional[int]) -> t.Optional[Mode]:

@@ -28,14 +28,25 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
     created = next((step for step in plan.steps if isinstance(step, Create)), None)
     path = os.path.join(facts.pool.path, facts.name) if facts.pool.path else None
     there = not (scene.check_mode and created)
-    devices = facts.pool.able.devices
+    devices, remote = facts.pool.able.devices, facts.pool.remote
     pool = scene.pool if not facts.pool.missing else None
     if isinstance(pool, DevicePool):
         path = scene.target_device.path if scene.target_device else pool.path_of(facts.name)
-    on_disk = _stat(path) if path and there and not devices else None
+    on_disk = _stat(path) if path and there and not (devices or remote) else None
+    elsewhere = scene.volume_elsewhere(facts.name) if there else None
     after = plan.after
     if on_disk is not None and not scene.check_mode:
         after = replace(after, uid=on_disk.st_uid, gid=on_disk.st_gid, mode=on_disk.st_mode & 0o777)
+    if elsewhere is not None and elsewhere.stated is not None:
+        stated = elsewhere.stated
+        after = replace(after, uid=stated.owner, gid=stated.group, mode=stated.mode)
+    allocation, physical = None, None
+    if on_disk is not None:
+        allocation, physical = on_disk.st_blocks * 512, on_disk.st_size
+    elif elsewhere is not None:
+        allocation, physical = elsewhere.allocation, elsewhere.physical
+    elif there:
+        allocation, physical = _allocation(scene, facts, plan), after.capacity if devices else None
     volume: t.Dict[str, t.Any] = {
         **entry.describe(
             facts.pool.name,
@@ -44,16 +55,17 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
             kind=pool.volume_type if isinstance(pool, DevicePool) else "file",
             image_format=after.format,
             capacity=after.capacity,
-            allocation=on_disk.st_blocks * 512 if on_disk else _allocation(scene, facts, plan) if there else None,
-            physical=on_disk.st_size if on_disk else after.capacity if devices and there else None,
+            allocation=allocation,
+            physical=physical,
             backing=_backing(after.backing),
             owner=(after.uid, after.gid, after.mode),
             label=after.label,
+            numeric=remote,
         ),
         "changed": bool(actions),
         "actions": actions,
         "transfer": transfer.name if transfer else None,
-        "shared": _shared(path) if transfer and not devices else None,
+        "shared": _shared(path) if transfer and not (devices or remote) else None,
         "fallback_reason": transfer.fallback_reason if transfer else None,
         "dropped": list(created.dropped) if created else [],
         "duration": round(duration, 3),
@@ -62,8 +74,8 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
     }
     named = {"name": facts.name, "pool": facts.pool.name}
     diff: t.Dict[str, t.Dict[str, t.Any]] = {
-        "before": {**named, **_state(plan.before)} if plan.before else {},
-        "after": {**named, **_state(plan.after)},
+        "before": {**named, **_state(plan.before, remote)} if plan.before else {},
+        "after": {**named, **_state(plan.after, remote)},
     }
     if plan.after.backing or (plan.before and plan.before.backing):
         for side, state in (("before", plan.before), ("after", plan.after)):
@@ -146,11 +158,11 @@ def _backing(backing: t.Optional[Backing]) -> t.Optional[t.Dict[str, t.Any]]:
     return {"path": entry.printable(backing.path), "format": backing.format, "depth": backing.depth}
 
 
-def _state(state: State) -> t.Dict[str, t.Any]:
+def _state(state: State, remote: bool) -> t.Dict[str, t.Any]:
     return {
         "format": state.format,
         "capacity": state.capacity,
-        **entry.permissions((state.uid, state.gid, state.mode), state.label),
+        **entry.permissions((state.uid, state.gid, state.mode), state.label, numeric=remote),
     }
 
 

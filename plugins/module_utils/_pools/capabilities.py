@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .._images.probe import FORMATS
 
@@ -62,5 +62,11 @@ FILE_POOLS = tuple(name for name, able in _OF_TYPE.items() if able.staging == "f
 CLONE_POOLS = tuple(name for name, able in _OF_TYPE.items() if able.clone and name != "directory")
 
 
-def of(pool_type: str) -> Capabilities:
-    return _OF_TYPE.get(pool_type, Capabilities())
+def of(pool_type: str, remote: bool = False) -> Capabilities:
+    """``remote``: what libvirt itself can do there, which knows no vhdx, and has no call that flattens."""
+    able = _OF_TYPE.get(pool_type, Capabilities())
+    if not remote:
+        return able
+    if able.staging != "file":
+        return Capabilities()
+    return replace(able, flatten=False, formats=tuple(name for name in able.formats if name != "vhdx"))

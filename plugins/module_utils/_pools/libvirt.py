@@ -12,7 +12,6 @@ order, in ``storageVolCreateXMLFrom``).
 from __future__ import annotations
 
 import os
-import re
 import stat
 import typing as t
 from contextlib import contextmanager
@@ -20,12 +19,12 @@ from contextlib import contextmanager
 from .. import _xml
 from .._deadline import Deadline
 from .._errors import CloneError
+from .._uri import is_remote, is_uri
 from . import capabilities, definition
 from .capabilities import CLONE_POOLS, FILE_POOLS
 from .definition import Definition
 from .directory import DirectoryPool
 
-_URI = re.compile(r"(?P<driver>[a-z]+)(?:\+(?P<transport>[a-z0-9]+))?://(?P<host>[^/?]*)(?:[/?].*)?", re.IGNORECASE)
 # What a pool answers while jobs run in it (storage_driver.c); the code is INTERNAL_ERROR or OPERATION_INVALID, so only the
 # text tells.
 _BUSY = ("has asynchronous jobs running", "is still being allocated", "is still in use")
@@ -55,10 +54,11 @@ def translated(doing: str) -> t.Iterator[None]:
 
 
 class Connection:
-    """One connection to a local libvirtd, opened at the first use."""
+    """One connection to a libvirtd, opened at the first use; ``remote`` when that is one of another host."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+        self.remote = is_remote(uri)
         self._connection: t.Any = None
 
     def close(self) -> None:
@@ -70,13 +70,8 @@ class Connection:
     def handle(self) -> t.Any:
         if self._connection is None:
             libvirt = libvirt_module()
-            match = _URI.fullmatch(self.uri)
-            if match is None:
+            if not is_uri(self.uri):
                 raise CloneError("INVALID_ARG", f"uri: {self.uri!r} is no libvirt connection URI")
-            if match.group("host") or (match.group("transport") or "unix").lower() != "unix":
-                raise CloneError(
-                    "NO_SUPPORT", f"uri: {self.uri!r} is not on this host; run the task on the host that has the pool"
-                )
             # Without this libvirt writes every error to stderr as well.
             libvirt.registerErrorHandler(lambda _context, _error: None, None)
             with translated(f"connecting to {self.uri} (uri)"):
@@ -109,7 +104,7 @@ class Connection:
                 if exc.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
                     raise
                 return None
-        return _class_of(described.type)(name, described.target_path or "", described.type, pool, self)
+        return _class_of(described.type, self.remote)(name, described.target_path or "", described.type, pool, self)
 
     def names(self) -> t.List[str]:
         """Of all pools, in order."""
@@ -184,14 +179,27 @@ class Connection:
                 found.setdefault(identity, []).append(f"domain {name!r}")
         return found
 
+    def domains_by_name(self, writing: bool = False) -> t.Dict[_xml.DiskName, t.List[str]]:
+        """Running domains by what their disks name: paths, and volumes as pool and name. For where files cannot be looked at.
+
+        :param writing: leave out what a domain only reads
+        """
+        found: t.Dict[_xml.DiskName, t.List[str]] = {}
+        for name, document in self._running_domains():
+            for disk in _xml.domain_uses(document, writing):
+                found.setdefault(disk, []).append(f"domain {name!r}")
+        return found
+
     def users_below(self, directory: str, pool: str) -> str:
         """Running domains that have a disk, or a layer of one, below a directory, or name a volume of the pool as a disk."""
-        below = os.path.join(os.path.realpath(directory), "")
+        # Links of another host cannot be resolved.
+        resolved = os.path.normpath if self.remote else os.path.realpath
+        below = os.path.join(resolved(directory), "")
         found = [
             f"domain {name!r}"
             for name, document in self._running_domains()
             if pool in _xml.domain_pools(document)
-            or any(os.path.realpath(path).startswith(below) for path in _xml.domain_disks(document))
+            or any(resolved(path).startswith(below) for path in _xml.domain_disks(document))
         ]
         return ", ".join(found[:3])
 
@@ -212,11 +220,13 @@ class Connection:
 
     def users_among(self, paths: t.Collection[str], pool: str) -> str:
         """Running domains that have a disk on one of these block devices, or name a volume of the pool as a disk."""
-        wanted = {device_number(path) for path in paths} - {None}
+        # The devices of another host cannot be looked at.
+        known: t.Callable[[str], t.Union[int, str, None]] = os.path.normpath if self.remote else device_number
+        wanted = {known(path) for path in paths} - {None}
         found = [
             f"domain {name!r}"
             for name, document in self._running_domains()
-            if pool in _xml.domain_pools(document) or any(device_number(disk) in wanted for disk in _xml.domain_disks(document))
+            if pool in _xml.domain_pools(document) or any(known(disk) in wanted for disk in _xml.domain_disks(document))
         ]
         return ", ".join(found[:3])
 
@@ -450,8 +460,13 @@ class LibvirtPool(DirectoryPool):
         with translated(f"cloning volume {source_name!r} by libvirt"):
             original = source._pool.storageVolLookupByName(source_name)
             volume = self._patiently(lambda: self._pool.createXMLFrom(document, original, flags), deadline)
-            if volume.info()[1] < capacity:
-                volume.resize(capacity, 0)
+            try:
+                if volume.info()[1] < capacity:
+                    volume.resize(capacity, 0)
+            except libvirt_module().libvirtError:
+                # What libvirt has made by now would be taken for the clone.
+                volume.delete(0)
+                raise
 
 
 def _error(exc: t.Any, doing: str) -> CloneError:
@@ -467,6 +482,7 @@ def _error(exc: t.Any, doing: str) -> CloneError:
         libvirt.VIR_ERR_NO_STORAGE_VOL: "NO_STORAGE_VOL",
         libvirt.VIR_ERR_STORAGE_VOL_EXIST: "STORAGE_VOL_EXIST",
         libvirt.VIR_ERR_NO_SUPPORT: "NO_SUPPORT",
+        libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED: "NO_SUPPORT",
         libvirt.VIR_ERR_OPERATION_INVALID: "OPERATION_INVALID",
         libvirt.VIR_ERR_CONFIG_UNSUPPORTED: "CONFIG_UNSUPPORTED",
         libvirt.VIR_ERR_XML_ERROR: "XML_ERROR",
@@ -474,6 +490,9 @@ def _error(exc: t.Any, doing: str) -> CloneError:
     if known is None and "missing backend for pool type" in text:
         # A libvirt that was built without it, or lacks the package with it.
         known = "NO_SUPPORT"
+    if code == libvirt.VIR_ERR_OPERATION_INVALID and "volume target path" in text:
+        # A file that libvirt has not listed (virStorageBackendVolCreateLocal).
+        known = None
     if known is None:
         taken = "already in use" in text or "already exists" in text
         denied = "ermission denied" in text
@@ -483,9 +502,12 @@ def _error(exc: t.Any, doing: str) -> CloneError:
     return CloneError(known, f"{doing} failed: {' '.join(text.split())}")
 
 
-def _class_of(pool_type: str) -> t.Type[LibvirtPool]:
+def _class_of(pool_type: str, remote: bool) -> t.Type[LibvirtPool]:
     # These are libvirt's pools too.
     from . import devices, iscsi_direct, rbd  # pylint: disable=import-outside-toplevel
+    from .remote import RemotePool  # pylint: disable=import-outside-toplevel
 
+    if remote:
+        return RemotePool
     classes = {**devices.CLASSES, "rbd": rbd.RbdPool, "iscsi-direct": iscsi_direct.IscsiDirectPool}
     return classes.get(pool_type, LibvirtPool)

@@ -223,7 +223,9 @@ class _Change:
         if known and known.sized and self.pool.sizes()[0] == 0:
             # As a pool of the type zfs is without any ZFS.
             raise CloneError("IO_ERROR", f"pool {self.request.name!r} was started, but libvirt finds no storage behind it")
-        if known and known.directory and not (directory.mount_point(path) if known.mounts else os.path.isdir(path)):
+        if self.facts.remote or known is None or not known.directory:
+            return
+        if not (directory.mount_point(path) if known.mounts else os.path.isdir(path)):
             raise CloneError("IO_ERROR", f"pool {self.request.name!r} was started, but there is nothing at {path!r}")
 
     def _own_mounted(self, path: str) -> None:

@@ -17,7 +17,9 @@ from .._pools import block_device, definition
 from .._pools.definition import TYPES, Auth, Definition, PoolType, Stated
 from .._pools.directory import kind_of, mount_point
 from .._pools.libvirt import Connection, LibvirtPool
+from .._pools.remote import RemotePool
 from .._pools.secrets import Secret, made_up_usage, value_of
+from .._uri import is_elsewhere
 from .planner import DeviceFacts, DirectoryFacts, Facts, Ownership, PoolFacts, SecretFacts, Unanswered
 from .request import Request
 
@@ -39,7 +41,8 @@ class Scene:
     def gather(self) -> Facts:
         """The facts that every plan needs."""
         request = self.request
-        facts = Facts(check_mode=self.check_mode, uid=os.geteuid())
+        remote = is_elsewhere(request.uri, request.name)
+        facts = Facts(check_mode=self.check_mode, uid=os.geteuid(), remote=remote)
         if request.is_directory:
             return replace(facts, directory=_directory(os.path.normpath(request.name), request))
         self.pool = self.connection.find(request.name)
@@ -57,11 +60,12 @@ class Scene:
             pool=pool,
             desired=desired,
             document=document,
-            directory=self._directory(desired),
+            directory=None if remote else self._directory(desired),
         )
 
     def _desired(self, base: t.Optional[str], pool: t.Optional[PoolFacts], stated: Stated) -> t.Tuple[str, Definition]:
-        spelled = _Spelling(pool.definition.source.devices if pool else ())
+        # Which names of a device of another host are links to others is not known here.
+        spelled = _Spelling(pool.definition.source.devices if pool and not self.connection.remote else ())
         document = definition.merge(base, self.request.name, pool.definition.uuid if pool else None, stated, spelled)
         return document, definition.parse(document)
 
@@ -151,7 +155,8 @@ def _pool(pool: LibvirtPool) -> PoolFacts:
     document = pool.document(inactive=True)
     live = definition.parse(pool.document())
     active = pool.is_active()
-    mounts = live.type in TYPES and TYPES[live.type].mounts
+    # What is mounted on another host only libvirt knows.
+    mounts = live.type in TYPES and TYPES[live.type].mounts and not isinstance(pool, RemotePool)
     mounted = mount_point(live.target_path or "") if active and mounts else None
     return PoolFacts(
         definition=definition.parse(document),

@@ -109,6 +109,8 @@ class Facts:
     directory: t.Optional[DirectoryFacts] = None
     check_mode: bool = False
     uid: int = 0
+    #: whether the pool is on another host, whose directories and devices only libvirt sees
+    remote: bool = False
     # Asked for when needed:
     #: all other pools
     others: t.Optional[t.Tuple[Definition, ...]] = None
@@ -179,6 +181,8 @@ def plan(request: Request, facts: Facts) -> Plan:
     """
     if request.is_directory:
         return _directory(request, facts, t.cast(DirectoryFacts, facts.directory))
+    if facts.remote:
+        _refuse_remote(request)
     if request.state == "absent":
         result = _absent(request, facts)
     elif facts.desired is None:
@@ -436,6 +440,9 @@ def _building(request: Request, facts: Facts, desired: Definition, warnings: t.L
     """``built``, or nothing where nothing is to be built, or what is wanted is there."""
     if not _type_of(desired).builds or not desired.source.devices:
         return ()
+    if facts.remote:
+        # What is on the device only libvirt sees, and only a new pool may have an empty one.
+        return ("built",) if request.build and facts.pool is None else ()
     devices = t.cast(t.Tuple[DeviceFacts, ...], _known(facts, "devices"))
     missing = [device.path for device in devices if not device.exists]
     if missing:
@@ -481,6 +488,16 @@ def _type_of(described: Definition) -> PoolType:
 
 def _mounts(described: Definition) -> bool:
     return _type_of(described).mounts
+
+
+def _refuse_remote(request: Request) -> None:
+    for parameter, value in (("owner", request.owner), ("group", request.group), ("mode", request.mode)):
+        if value is not None:
+            raise CloneError(
+                "NO_SUPPORT",
+                f"{parameter}: the directory of pool {request.name!r} is on another host (uri {request.uri}); state it in"
+                " <permissions> of xml, which counts where libvirt makes the directory, or run the task on that host",
+            )
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------

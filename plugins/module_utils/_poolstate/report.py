@@ -15,6 +15,7 @@ from .._permissions import group_name, user_name
 from .._pools import capabilities, definition
 from .._pools.definition import Definition, Source
 from .._pools.libvirt import Connection, LibvirtPool
+from .._pools.remote import RemotePool
 from .planner import Facts, Plan, State
 
 if t.TYPE_CHECKING:  # pragma: no cover
@@ -42,6 +43,8 @@ def _entry_of(scene: Scene, facts: Facts, plan: Plan) -> t.Optional[Entry]:
         state = "active" if scene.request.is_directory else after.state
         uuid = facts.pool.definition.uuid if facts.pool is not None else None
         path = facts.directory.path if facts.directory is not None else None
+        if facts.remote and after.definition is not None:
+            path = after.definition.target_path
         return _entry(
             name,
             after.type,
@@ -51,6 +54,7 @@ def _entry_of(scene: Scene, facts: Facts, plan: Plan) -> t.Optional[Entry]:
             persistent=None if scene.request.is_directory else True,
             path=path,
             source=after.definition.source if after.definition is not None else None,
+            remote=scene.connection.remote and not scene.request.is_directory,
         )
     return next(iter(entries(scene.connection, name)[0]), None)
 
@@ -101,6 +105,7 @@ def _libvirt_entry(pool: LibvirtPool) -> Entry:
         path=described.target_path,
         sizes=pool.sizes() if active else (None, None, None),
         source=described.source,
+        remote=isinstance(pool, RemotePool),
     )
 
 
@@ -115,9 +120,10 @@ def _entry(
     path: t.Optional[str] = None,
     sizes: t.Tuple[t.Optional[int], t.Optional[int], t.Optional[int]] = (None, None, None),
     source: t.Optional[Source] = None,
+    remote: bool = False,
 ) -> Entry:
     capacity, allocation, available = sizes
-    able = asdict(capabilities.of(pool_type or ""))
+    able = asdict(capabilities.of(pool_type or "", remote))
     del able["staging"]
     return {
         "name": name,

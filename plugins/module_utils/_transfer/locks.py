@@ -29,6 +29,13 @@ def key(directory: os.stat_result, name: str) -> str:
     return f"{directory.st_dev:x}-{directory.st_ino:x}-{digest}"
 
 
+def domain() -> str:
+    """The same for all runs that these locks keep apart, and for no others: a container has a lock directory of its own."""
+    status = os.stat(_lock_directory())
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return f"{file.read().strip()}:{status.st_dev:x}:{status.st_ino:x}"
+
+
 class Locks:
     """Holds locks from ``__enter__`` to ``__exit__``; all are taken in the order of their keys, so that no two runs wait
     for each other."""

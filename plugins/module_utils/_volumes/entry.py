@@ -32,12 +32,14 @@ def describe(
     backing: t.Optional[t.Mapping[str, t.Any]] = None,
     owner: Owner = (None, None, None),
     label: t.Optional[str] = None,
+    numeric: bool = False,
 ) -> t.Dict[str, t.Any]:
     """The part that every module returns of a volume; None for what is not known yet.
 
     :param kind: libvirt's type of it
     :param backing: ``path``, ``format`` and ``depth``
     :param owner: user, group and mode
+    :param numeric: whether users and groups are those of another host, where what they are called is not known
     """
     path = None if path is None else printable(path)
     return {
@@ -51,16 +53,17 @@ def describe(
         "allocation": allocation,
         "physical": physical,
         "backing": backing,
-        **permissions(owner, label),
+        **permissions(owner, label, numeric),
     }
 
 
-def permissions(owner: Owner, label: t.Optional[str]) -> t.Dict[str, t.Optional[str]]:
+def permissions(owner: Owner, label: t.Optional[str], numeric: bool = False) -> t.Dict[str, t.Optional[str]]:
     """Owner, group, mode and SELinux context; None for what there is not, or is not known."""
     uid, gid, mode = owner
+    user, group = (str, str) if numeric else (_user_name, _group_name)
     return {
-        "owner": None if uid is None else _user_name(uid),
-        "group": None if gid is None else _group_name(gid),
+        "owner": None if uid is None else user(uid),
+        "group": None if gid is None else group(gid),
         "mode": None if mode is None else f"{mode & 0o777:04o}",
         **({} if label is None else {"secontext": label}),
     }

@@ -188,10 +188,10 @@ def run(request: Removal, check_mode: bool) -> t.Dict[str, t.Any]:
     with closing(Inventory(request.uri, request.pool, request.name, deadline)) as inventory:
         facts = _open_pool(inventory, check_mode)
         if facts is not None:
-            return _result(facts, plan(request, facts))
+            return result(facts, plan(request, facts))
         kind = _Device if isinstance(inventory.pool, DevicePool) else _File
         with closing(kind(request, inventory, deadline)) as scene:
-            return _result(*_remove(scene, check_mode))
+            return result(*_remove(scene, check_mode))
 
 
 def _open_pool(inventory: Inventory, check_mode: bool) -> t.Optional[Facts]:
@@ -467,7 +467,7 @@ class _Device(_Scene):
         return self.pool.volume(self.request.name) is not None
 
 
-def _result(facts: Facts, todo: Plan) -> t.Dict[str, t.Any]:
+def result(facts: Facts, todo: Plan) -> t.Dict[str, t.Any]:
     """``volume`` is the volume as it was."""
     shown = ("name", "pool", "format", "capacity", "owner", "group", "mode", "secontext")
     before = {key: facts.volume[key] for key in shown if key in facts.volume} if facts.volume and todo.actions else {}
