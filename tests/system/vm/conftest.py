@@ -102,13 +102,14 @@ def fork_server(library, scratch):
 
 @pytest.fixture(scope="session")
 def nfs(scratch):
-    """An NFS server (4.2) on 127.0.0.1: the directory that it exports, which is an XFS with reflinks."""
+    """An NFS server (4.2) on 127.0.0.1: the directory that it exports as "/", which is an XFS with reflinks."""
     place = make_file_system("xfs", scratch / "export.img", 320 * MIB, scratch / "export")
     run("modprobe", "-a", "nfsd", "nfsv4")
     run("mount", "-t", "nfsd", "none", "/proc/fs/nfsd")
     for directory in ("/var/lib/nfs/v4recovery", "/var/lib/nfs/rpc_pipefs", "/run/rpcbind"):
         os.makedirs(directory, exist_ok=True)
-    run("exportfs", "-o", "rw,sync,no_root_squash,no_subtree_check", f"127.0.0.1:{place}")
+    # As the root of all exports: those above it are on an overlay, which cannot be exported.
+    run("exportfs", "-o", "rw,sync,no_root_squash,no_subtree_check,fsid=0", f"127.0.0.1:{place}")
     run("rpc.nfsd", "-N", "3", "--no-udp", "--host", "127.0.0.1", "2")
     daemon = subprocess.Popen(["rpc.mountd", "--foreground", "--no-nfs-version", "3"], stdin=subprocess.DEVNULL)
     yield place
