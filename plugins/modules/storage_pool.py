@@ -369,8 +369,8 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
                 "options": {
                     "type": {"type": "str", "choices": ["ceph", "chap"]},
                     "username": {"type": "str"},
-                    "secret_uuid": {"type": "str"},
-                    "secret_usage": {"type": "str"},
+                    "secret_uuid": {"type": "str", "no_log": False},
+                    "secret_usage": {"type": "str", "no_log": False},
                     "password": {"type": "str", "no_log": True},
                 },
             },

@@ -388,7 +388,7 @@ def hypervisor(scratch):
 
 
 def _far_pool(hypervisor):
-    name = f"far{next(_numbers)}"
+    name = f"far{_numbers.__next__()}"
     hypervisor.virsh("pool-define-as", name, "dir", "--target", f"/srv/{name}")
     hypervisor.virsh("pool-build", name)
     hypervisor.virsh("pool-start", name)

@@ -50,7 +50,7 @@ class Chain:
         assert result.get("actions") == actions, result
 
     def step(self, step):
-        refused, _, culprits = step.removeprefix("!").partition(":")
+        refused, _colon, culprits = step.removeprefix("!").partition(":")
         action, name = refused.split("-")
         volume = self.path(name).name
         params, of, actions = {

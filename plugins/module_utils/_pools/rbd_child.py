@@ -160,7 +160,8 @@ def main(conf: str, user: str) -> None:
                 answer = {_NO_POOL: exc.args[0]}
             except cluster.error as exc:
                 answer = {"errno": getattr(exc, "errno", 0) or 0, "text": str(exc), "connected": connected}
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

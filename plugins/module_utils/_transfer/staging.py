@@ -21,6 +21,7 @@ import typing as t
 
 from .._errors import CloneError
 from .._names import is_staged_name
+from . import guards
 
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_NOCOW = 0x80086601, 0x40086602, 0x00800000
@@ -58,7 +59,7 @@ class Staging:
         while True:
             name = f".virtforge-{secrets.token_hex(8)}.tmp"
             self.fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
-            fcntl.flock(self.fd, fcntl.LOCK_EX)
+            guards.sign(self.fd)
             # Another run's sweep may have come between the two calls above; then the file has no name any more.
             if os.fstat(self.fd).st_nlink:
                 self._name = name
@@ -99,7 +100,7 @@ class Staging:
 
     def _link_staged(self) -> None:
         # The lock comes before the name: a sweep must never find the file unlocked.
-        fcntl.flock(self.fd, fcntl.LOCK_EX)
+        guards.sign(self.fd)
         name = f".virtforge-{secrets.token_hex(8)}.tmp"
         link_open_file(self.fd, name, self._directory)
         self._name = name
@@ -142,8 +143,7 @@ def sweep(directory: int) -> None:
             continue
         try:
             status = os.fstat(fd)
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and guards.is_dead(fd):
                 os.unlink(name, dir_fd=directory)
         except OSError:
             pass

@@ -18,14 +18,12 @@ import signal
 import socket
 import sys
 
-import ansible.module_utils.basic
-import ansible.module_utils.common.respawn  # noqa: F401
 import ansible_collections.virtforge.libvirt.plugins.module_utils as ours
-import libvirt  # noqa: F401
-import lxml.etree  # noqa: F401
 
 
 def serve(path, driver):
+    for name in ("ansible.module_utils.basic", "ansible.module_utils.common.respawn", "libvirt", "lxml.etree"):
+        importlib.import_module(name)
     for found in pkgutil.walk_packages(ours.__path__, f"{ours.__name__}."):
         importlib.import_module(found.name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
