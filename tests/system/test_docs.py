@@ -21,8 +21,8 @@ from plays import BIN, COLLECTIONS, ansible_playbook, counts, write_play
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-#: pages without examples: an index, and what is written by programs
-TABLES = ("README.md", "benchmarks.md", "pools.md")
+#: pages without examples: an index, and what is written by programs; that of the fleet needs a Ceph, and is in test_rbd.py
+TABLES = ("README.md", "benchmarks.md", "ceph_fleet.md", "pools.md")
 MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("*.py"))
 
 

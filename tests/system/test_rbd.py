@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import harness
 import pytest
+import yaml
 from conftest import remove_pool
 from harness import MIB, check, clone, make_raw, refused, result_of, run, settle, start, virsh, virsh_status
+from plays import ansible_playbook
 
 POOL = """<pool type='rbd'><name>{name}</name><source><host name='127.0.0.1' port='{port}'/><name>{pool}</name>
 <auth type='ceph' username='{user}'><secret uuid='{secret}'/></auth></source></pool>"""
@@ -450,3 +453,33 @@ def test_a_check_run_takes_nothing(rbd, base):
     result = check(pool=rbd.name, source=base, name="web", clone_type="linked")
     assert result["actions"] == ["created"] and result["volume"]["backing"]["path"] == "rbd/base"
     assert rbd.images() == [base] and rbd.snapshots(base) == []
+
+
+# --- the documentation -------------------------------------------------------------------------------------------------------
+
+
+def test_the_inventory_of_a_fleet(rbd, ceph, scratch, libvirtd):
+    """As it stands, but for where Ceph is: two hosts one after the other, and a second run that changes nothing."""
+    text = (harness.ROOT / "docs" / "ceph_fleet.md").read_text()
+    inventory, play = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    image = scratch / "debian-13.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
+    stated = inventory["hypervisors"]["vars"]
+    source = stated["storage_pools"][0]["pool_source"]
+    source.update(name=ceph.pool, hosts=[{"name": "127.0.0.1", "port": ceph.port}])
+    source["auth"]["username"] = ceph.user
+    stated["storage_clones"][0]["source_path"] = str(image)
+    stated.update(ansible_connection="local", ansible_python_interpreter=harness.PYTHON, ceph_key=ceph.key)
+    book, hosts = scratch / "fleet.yml", scratch / "fleet-inventory.yml"
+    hosts.write_text(yaml.safe_dump(inventory))
+    book.write_text(yaml.safe_dump([{**play[0], "gather_facts": False}]))
+    try:
+        for changes in (True, False):
+            status, output = ansible_playbook("-i", hosts, "--forks", "1", book)
+            assert status == 0 and ceph.key not in output, output
+            assert ("changed=0" not in output) == changes, output
+        assert sorted(rbd.images()) == ["debian-13", "kvm1-web", "kvm2-web"]
+        assert rbd.json("info", "@kvm2-web")["parent"]["image"] == "debian-13"
+    finally:
+        remove_pool("vms")
+        image.unlink()
