@@ -258,7 +258,30 @@ class DevicePool(LibvirtPool):
     def publish(self, staged: str, name: str, replaces: bool) -> None:
         """Give a staged volume its name.
 
-        :raises FileExistsError: when the name is taken and ``replaces`` is not set
+        :raises FileExistsError: when the name is taken and ``replaces`` is not set: of two at once, one creates
+        """
+        old = self._unfinished_name()
+        replaces = replaces and self.volume(name) is not None
+        if replaces:
+            # Killed in between, there is none, and the next run makes one.
+            self._rename(name, old)
+        try:
+            self._rename(staged, name)
+        except BaseException:
+            if replaces and self.volume(name) is None:
+                self._rename(old, name)
+            raise
+        if replaces:
+            self.remove(old)
+
+    def _unfinished_name(self) -> str:
+        """A new name, by which the next run knows a volume that is not finished."""
+        return f".virtforge-{secrets.token_hex(8)}.tmp"
+
+    def _rename(self, name: str, other: str) -> None:
+        """Give a volume another name.
+
+        :raises FileExistsError: when that is taken
         """
         raise NotImplementedError
 
@@ -411,7 +434,7 @@ class LogicalPool(DevicePool):
     @contextmanager
     def _staged(self, arguments: t.Sequence[str]) -> t.Iterator[Device]:
         self._sweep()
-        name = f".virtforge-{secrets.token_hex(8)}.tmp"
+        name = self._unfinished_name()
         with locks.Locks([], [self.lock_key(name)], Deadline(60, "lock_timeout"), "making a logical volume"):
             try:
                 self._lvm("making a logical volume", "lvcreate", "-y", "-q", "-n", name, *arguments)
@@ -422,26 +445,6 @@ class LogicalPool(DevicePool):
             finally:
                 if self.volume(name) is not None:
                     self.remove(name)
-
-    def publish(self, staged: str, name: str, replaces: bool) -> None:
-        """Give a staged volume its name.
-
-        :raises FileExistsError: when the name is taken and ``replaces`` is not set
-        """
-        old = f".virtforge-{secrets.token_hex(8)}.tmp"
-        if self.volume(name) is not None:
-            if not replaces:
-                raise FileExistsError(name)
-            # Killed in between, there is none, and the next run makes one.
-            self._rename(name, old)
-        try:
-            self._rename(staged, name)
-        except BaseException:
-            if replaces and self.volume(name) is None:
-                self._rename(old, name)
-            raise
-        if replaces:
-            self.remove(old)
 
     def _rename(self, name: str, other: str) -> None:
         self._lvm(f"naming the logical volume {other!r}", "lvrename", "-q", self.group, name, other)

@@ -196,7 +196,7 @@ class RbdPool(NetworkPool):
     def _staged(self, make: t.Callable[[str], None], capacity: int) -> t.Iterator[RbdImage]:
         """A new image under a name that the next run knows as unfinished; it goes where it was not published."""
         self._sweep()
-        name = f".virtforge-{_this_host()}{secrets.token_hex(4)}.tmp"
+        name = self._unfinished_name()
         with locks.Locks([], [self.lock_key(name)], Deadline(60, "lock_timeout"), "making an RBD image"):
             try:
                 make(name)
@@ -236,24 +236,8 @@ class RbdPool(NetworkPool):
             except CloneError:
                 continue
 
-    def publish(self, staged: str, name: str, replaces: bool) -> None:
-        """Give a staged image its name.
-
-        :raises FileExistsError: when the name is taken and ``replaces`` is not set: of two hosts, one creates
-        """
-        old = f".virtforge-{_this_host()}{secrets.token_hex(4)}.tmp"
-        replaces = replaces and self.volume(name) is not None
-        if replaces:
-            # Killed in between, there is none, and the next run makes one.
-            self._rename(name, old)
-        try:
-            self._rename(staged, name)
-        except BaseException:
-            if replaces and self.volume(name) is None:
-                self._rename(old, name)
-            raise
-        if replaces:
-            self.remove(old)
+    def _unfinished_name(self) -> str:
+        return f".virtforge-{_this_host()}{secrets.token_hex(4)}.tmp"
 
     def _rename(self, name: str, other: str) -> None:
         self._ask(f"naming the image {other!r} of pool {self.name!r}", "rename", self.place, name, other)
