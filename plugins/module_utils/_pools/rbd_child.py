@@ -12,11 +12,15 @@ serves them all: the ``rbd`` program takes a tenth of a second each time. Nothin
 from __future__ import annotations
 
 import calendar
+import errno
 import json
 import sys
+import time
 import typing as t
 
 _NO_POOL = "no_pool"
+# Seconds for one to give an image its name.
+_LOCK = 60
 
 
 class Cluster:
@@ -86,7 +90,21 @@ class Cluster:
         self._rbd.RBD().clone(self._in(place), name, snapshot, self._in(to), child)
 
     def rename(self, place: t.Sequence[str], name: str, other: str) -> None:
-        self._rbd.RBD().rename(self._in(place), name, other)
+        """One at a time: librbd looks whether a name is taken and then takes it; two at once may both have it (Ceph 16.2)."""
+        context = self._in(place)
+        while True:
+            try:
+                # On what every rbd pool has. Of a client that dies it ends by itself.
+                context.lock_exclusive("rbd_directory", "virtforge", name, duration=_LOCK)
+                break
+            except self.error as exc:
+                if getattr(exc, "errno", 0) != errno.EBUSY:
+                    raise
+                time.sleep(0.05)
+        try:
+            self._rbd.RBD().rename(context, name, other)
+        finally:
+            context.unlock("rbd_directory", "virtforge", name)
 
     def resize(self, place: t.Sequence[str], name: str, size: int) -> None:
         with self._image(place, name, writable=True) as image:
