@@ -116,7 +116,7 @@ def test_several_in_one_task(disk, qcow2):
         ({"mode": "0640"}, "NO_SUPPORT", "mode: has no meaning"),
         ({"setype": "virt_image_t"}, "NO_SUPPORT", "setype"),
         ({"preallocation": "falloc"}, "CONFIG_UNSUPPORTED", "preallocation=falloc"),
-        ({"qcow2": {"nocow": True}}, "NO_SUPPORT", "nocow"),
+        ({"qcow2": {"nocow": True}}, "NO_SUPPORT", "qcow2: has no meaning"),
         ({"clone_type": "linked"}, "NO_SUPPORT", "clone_type=linked"),
         ({"method": "reflink"}, "NO_SUPPORT", "method=reflink"),
         ({"capacity": "1TiB"}, "NO_SPACE", "needs"),
