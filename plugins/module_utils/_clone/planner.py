@@ -992,7 +992,7 @@ def _refuse_options_by_libvirt(features: t.Optional[Qcow2Features]) -> None:
         value = default if features is None else getattr(features, option)
         if value != default:
             raise CloneError(
-                "NO_SUPPORT", f"qcow2.{option}: {value} cannot be told to libvirt, which makes volumes with {default} only"
+                "NO_SUPPORT", f"qcow2.{option}: {value} cannot be told to libvirt (method=libvirt), which knows only {default}"
             )
 
 
