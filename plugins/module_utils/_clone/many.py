@@ -111,7 +111,7 @@ def _judge(job: Job) -> None:
     def judge() -> None:
         job.error = job.plan = None
         job.facts, job.plan = executor.judge(job.scene, job.scene.gather())
-        if job.creates:
+        if job.creates and not job.facts.pool.missing:
             job.scene.reserve(job.creates, job.facts.name)
 
     job.attempt(judge)
