@@ -14,7 +14,11 @@ from conftest import new_directory
 from harness import module, virsh, virsh_status
 
 FORMATS = ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "qcow"]
-NOTHING = {"create": False, "clone": False, "grow": False, "delete": False, "formats": []}
+ABILITIES = ("create", "clone", "linked", "flatten", "grow", "delete")
+
+
+def able(*what, formats):
+    return {**{ability: ability in what for ability in ABILITIES}, "formats": formats}
 
 
 def look(**params):
@@ -56,7 +60,7 @@ def test_all_pools_active_and_inactive(pools):
     assert {key: images[key] for key in ("type", "state", "autostart", "persistent", "path", "source")} == {
         **{"type": "dir", "state": "active", "autostart": True, "persistent": True, "path": str(pools), "source": {}}
     }
-    assert images["capabilities"] == {"create": True, "clone": True, "grow": True, "delete": True, "formats": FORMATS}
+    assert images["capabilities"] == able(*ABILITIES, formats=FORMATS)
     fast = found["fast"]
     assert (fast["state"], fast["autostart"], fast["path"]) == ("inactive", False, "/mnt/x")
     assert (fast["capacity"], fast["allocation"], fast["available"]) == (None, None, None)
@@ -64,7 +68,8 @@ def test_all_pools_active_and_inactive(pools):
     assert found["isos"]["source"] == {"hosts": [{"name": "nas"}], "dir": "/isos", "format": "auto"}
     assert found["isos"]["capabilities"]["clone"] and fast["capabilities"]["clone"]
     assert found["vg"]["source"]["name"] == "vg0" and found["vg"]["source"]["devices"] == ["/dev/y"]
-    assert found["vg"]["capabilities"] == found["luns"]["capabilities"] == NOTHING
+    assert found["vg"]["capabilities"] == able("create", "clone", "linked", "grow", "delete", formats=["raw"])
+    assert found["luns"]["capabilities"] == able("clone", formats=["raw"])
 
 
 def test_one_pool(pools):

@@ -52,6 +52,8 @@ def test_a_volume_is_described_as_when_it_was_made(either, pool, qcow2, stated):
 
 def test_every_format_is_read_as_qemu_img_reads_it(gallery):
     place, formats = gallery
+    # What is still to be written out takes other blocks then.
+    run("sync", "-f", place)
     found = volumes(pool=place)
     assert set(found) == {name for name in os.listdir(place) if (place / name).is_file()}
     for name, image_format in formats.items():
@@ -306,7 +308,6 @@ def test_a_pool_that_is_not_there_yet(libvirt_pool, pool, raw):
         ("INVALID_ARG", {"pool": None}, ["pool"]),
         ("INVALID_ARG", {"colour": "blue"}, ["colour"]),
         ("INVALID_ARG", {"pool": "/etc/hostname"}, ["/etc/hostname", "directory"]),
-        ("NO_SUPPORT", {"uri": "qemu+ssh://other/system", "pool": "default"}, ["uri", "other"]),
     ],
 )
 def test_bad_input(libvirtd, pool, raw, code, stated, words):
