@@ -151,7 +151,8 @@ def test_two_partitions_deleted_at_once(disk):
     for name in names:
         clone(VOLUME, pool=pool, name=name, capacity="2MiB")
     runs = [start({"pool": pool, "name": name, **ABSENT}, module=VOLUME) for name in names]
-    assert [result_of(one)["actions"] for one in runs] == [["deleted"], ["deleted"]]
+    results = [result_of(one) for one in runs]
+    assert [one.get("actions") for one in results] == [["deleted"], ["deleted"]], results
     # Two lines about the disk, and one for each partition.
     assert len(run("parted", "-s", "-m", path(1)[: -len("p1")], "print").splitlines()) == 2
 

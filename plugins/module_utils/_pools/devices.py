@@ -137,6 +137,11 @@ class DevicePool(LibvirtPool):
             raise CloneError(
                 "OPERATION_DENIED", f"pool {self.name!r}: this user may not open the device {path!r}; use become"
             ) from exc
+        except OSError as exc:
+            # A node whose device has just gone.
+            if exc.errno in (errno.ENXIO, errno.ENODEV):
+                raise FileNotFoundError(exc.errno, exc.strerror, path) from exc
+            raise
 
     def is_unfinished(self, volume: Device) -> bool:
         """Whether a volume has its name already, and is not whole."""

@@ -31,7 +31,7 @@ from . import devices, entry
 from .inventory import Inventory, open_volume
 
 # Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment.
-_MOMENT = 1.0
+_MOMENT = 4.0
 
 
 @dataclass(frozen=True)
