@@ -56,6 +56,8 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
                     finish()
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
+                        # Else we would be the one who still uses it.
+                        scene.let_go_of_target()
                     pool.publish(child.name, facts.name, step.replaces)
                 return Transfer("link")
             if facts.pool.able.staging == "rename":
@@ -67,6 +69,8 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
                     finish()
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
+                        # Else we would be the one who still uses it.
+                        scene.let_go_of_target()
                     pool.publish(volume.name, facts.name, step.replaces)
             else:
                 _fill_marked(scene, facts, step, what, watch, finish)

@@ -127,6 +127,9 @@ class Scene:
             _close_all(self.layers)
             self.told.clear()
         _close_all(self.target_below)
+        self.let_go_of_target()
+
+    def let_go_of_target(self) -> None:
         if self.target_fd >= 0:
             os.close(self.target_fd)
             self.target_fd = -1

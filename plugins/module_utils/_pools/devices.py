@@ -462,6 +462,9 @@ class LogicalPool(DevicePool):
         where = f"{self.group}/{device.name}"
         if not device.thin_pool and device.zero_from is None:
             self._lvm(f"growing {where}", "lvchange", "-q", "--addtag", f"{_GROWING}{device.capacity}", where)
+        if device.capacity == capacity:
+            # By a run that was killed before it zeroed what it had added.
+            return
         try:
             self._lvm(f"growing {where}", "lvextend", "-q", "-L", f"{capacity}b", where)
         except CloneError:

@@ -46,8 +46,9 @@ def group(libvirtd, scratch):
 @pytest.fixture
 def lvm(group):
     yield group
-    for name in volumes():
-        run("lvremove", "-f", "-q", f"vgclone/{name}")
+    if volumes():
+        # All at once: with a thin pool go its volumes.
+        run("lvremove", "-f", "-q", "vgclone")
     virsh("pool-refresh", group)
 
 
@@ -84,7 +85,9 @@ def test_a_run_killed_while_it_grows_is_made_up_for(lvm, raw):
     # As it is left behind between lvextend and the zeros.
     run("lvchange", "-q", "--addtag", f"virtforge_zero_from_{64 * MIB}", "vgclone/web")
     run("lvextend", "-q", "-L", "96M", "vgclone/web")
-    assert not reads_zero("web", 64 * MIB)
+    with open("/dev/vgclone/web", "r+b") as file:
+        file.seek(64 * MIB)
+        file.write(b"old data" * (MIB // 8))
     result = settle(pool=lvm, name="web", source_path=raw, capacity="96MiB")
     assert result["actions"] == ["grown"]
     assert reads_zero("web", 64 * MIB)
