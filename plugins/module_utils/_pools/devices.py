@@ -246,11 +246,11 @@ class DevicePool(LibvirtPool):
 
     def make(self, name: str, capacity: int) -> None:
         """Make a volume; nobody has said yet what it reads as."""
-        raise NotImplementedError
+        raise self._cannot("make a volume")
 
     def staged(self, capacity: int, like: t.Optional[Device]) -> t.ContextManager[Device]:
         """A new volume under a name that the next run knows as unfinished; it goes where it was not published."""
-        raise NotImplementedError
+        raise self._cannot("make a volume under another name")
 
     def cannot_link(self, source: t.Optional[t.Any]) -> str:
         """Why there is no linked clone here of a volume of the pool ``source``; empty when there is."""
@@ -258,7 +258,7 @@ class DevicePool(LibvirtPool):
 
     def staged_link(self, capacity: int, source: t.Any, name: str) -> t.ContextManager[Device]:
         """The same as :meth:`staged`, for a linked clone of the volume ``name`` of the pool ``source``."""
-        raise NotImplementedError
+        raise self._cannot("make a linked clone")
 
     def publish(self, staged: str, name: str, replaces: bool) -> None:
         """Give a staged volume its name.
@@ -288,10 +288,14 @@ class DevicePool(LibvirtPool):
 
         :raises FileExistsError: when that is taken
         """
-        raise NotImplementedError
+        raise self._cannot("give a volume another name")
 
     def grow(self, device: Device, capacity: int) -> None:
-        raise NotImplementedError
+        raise self._cannot("grow a volume")
+
+    def _cannot(self, what: str) -> CloneError:
+        """For what ``capabilities`` says that pools of this type cannot do, and so no plan asks for."""
+        return CloneError("NO_SUPPORT", f"pool {self.name!r}: a pool of type {self.type} cannot {what}")
 
     def zeroed(self, device: Device) -> None:
         """What a volume was grown by reads as zeros now."""

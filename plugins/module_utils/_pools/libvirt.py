@@ -509,5 +509,9 @@ def _class_of(pool_type: str, remote: bool) -> t.Type[LibvirtPool]:
 
     if remote:
         return RemotePool
-    classes = {**devices.CLASSES, "rbd": rbd.RbdPool, "iscsi-direct": iscsi_direct.IscsiDirectPool}
+    classes: t.Dict[str, t.Type[LibvirtPool]] = {
+        **devices.CLASSES,
+        "rbd": rbd.RbdPool,
+        "iscsi-direct": iscsi_direct.IscsiDirectPool,
+    }
     return classes.get(pool_type, LibvirtPool)

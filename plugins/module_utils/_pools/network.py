@@ -14,6 +14,7 @@ import base64
 import os
 import sys
 import typing as t
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 
 from .. import _process, _xml
@@ -40,7 +41,7 @@ except libvirt.libvirtError as exc:
 """
 
 
-class NetworkPool(DevicePool):
+class NetworkPool(DevicePool, ABC):
     """A pool whose volumes only qemu-img and programs of their own can read."""
 
     volume_type = "network"
@@ -105,9 +106,9 @@ class NetworkPool(DevicePool):
     def cannot_write(self) -> str:
         return ""
 
+    @abstractmethod
     def layer(self, volume: Device) -> Layer:
         """The volume as qemu-img reaches it. Whoever asks closes its descriptor."""
-        raise NotImplementedError
 
     @contextmanager
     def opened(self, volume: Device, what: str) -> t.Iterator[Layer]:
@@ -117,9 +118,9 @@ class NetworkPool(DevicePool):
         finally:
             os.close(layer.fd)
 
+    @abstractmethod
     def users(self, name: str) -> str:
         """Who has the volume open for writing, as a phrase; empty when nobody has."""
-        raise NotImplementedError
 
     def users_by_name(self, volumes: t.Sequence[Device]) -> t.Dict[str, t.List[str]]:
         users = {volume.name: self.users(volume.name) for volume in volumes}

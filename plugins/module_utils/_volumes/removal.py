@@ -14,6 +14,7 @@ import os
 import stat
 import time
 import typing as t
+from abc import ABC, abstractmethod
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -243,7 +244,7 @@ def _change(scene: _Scene) -> t.Tuple[Facts, Plan]:
     return facts, todo
 
 
-class _Scene:
+class _Scene(ABC):
     """The volume, its pool, and all that may depend on it."""
 
     def __init__(self, request: Removal, inventory: Inventory, deadline: Deadline) -> None:
@@ -252,25 +253,28 @@ class _Scene:
         #: when the whole task has to be over
         self.deadline = deadline
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of what :meth:`look` has opened."""
 
+    @abstractmethod
     def look(self, patiently: bool) -> Facts:
         """All that the plan needs.
 
         ``patiently`` is for who holds the lock: others would only keep him waiting, with the volume open.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def wipe(self, what: str) -> None:
         """Under its name: who finds it so after a kill knows what is left to do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delete(self, what: str) -> None:
-        raise NotImplementedError
+        """The last that is done."""
 
+    @abstractmethod
     def _is_there(self) -> bool:
-        raise NotImplementedError
+        """Whether the pool has it still."""
 
     def _overwrite(self, fd: int, what: str) -> None:
         wipe.wipe(fd, t.cast(str, self.request.wipe), what, lambda: self.deadline.check(f"wiping {what}"))
@@ -401,6 +405,9 @@ class _File(_Scene):
 
 class _Device(_Scene):
     """A volume of a pool whose volumes are devices."""
+
+    def close(self) -> None:
+        """Nothing stays open."""
 
     @property
     def pool(self) -> DevicePool:

@@ -170,3 +170,20 @@ def test_what_is_refused(code, stated, target, words, more):
         plan(stated, target, **more)
     assert caught.value.code == code
     assert all(word in caught.value.msg for word in words), caught.value.msg
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda pool: pool.make("web", MIB),
+        lambda pool: pool.staged(MIB, None),
+        lambda pool: pool.staged_link(MIB, pool, "base"),
+        lambda pool: pool.grow(Device("web", "/dev/p/web", MIB), 2 * MIB),
+        lambda pool: pool._rename("web", "other"),
+    ],
+)
+def test_what_a_pool_of_luns_cannot_do_is_refused(operation):
+    pool = devices.LunPool("luns", "/dev/disk/by-path", "iscsi", None, None)
+    with pytest.raises(CloneError) as refusal:
+        operation(pool)
+    assert refusal.value.code == "NO_SUPPORT" and "'luns'" in refusal.value.msg and "iscsi" in refusal.value.msg
