@@ -279,10 +279,6 @@ class RbdPool(NetworkPool):
             return f"the two pools name none of the same monitors ({', '.join(monitors)})"
         return ""
 
-    def path_of_parent(self, parent: Parent) -> str:
-        """As libvirt would have it."""
-        return "/".join((*filter(None, parent.place), parent.image))
-
     def parents(self, image: t.Optional[RbdImage]) -> t.List[RbdImage]:
         """All that lies below an image, the nearest first."""
         found: t.List[RbdImage] = []
