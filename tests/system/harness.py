@@ -30,12 +30,16 @@ pools: dict[str, Path] = {}
 library = ""
 
 
-def command(params, *, check=False, diff=True, module="storage_volume_clone", python=PYTHON):
+def _arguments(params, check, diff):
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in params.items()}
     arguments.update(
         _ansible_check_mode=check, _ansible_diff=diff, _ansible_remote_tmp="/var/tmp", _ansible_keep_remote_files=False
     )
-    return [python, str(HERE / "driver.py"), module, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})]
+    return json.dumps({"ANSIBLE_MODULE_ARGS": arguments})
+
+
+def command(params, *, check=False, diff=True, module="storage_volume_clone", python=PYTHON):
+    return [python, str(HERE / "driver.py"), module, _arguments(params, check, diff)]
 
 
 def environment(**more):
@@ -63,20 +67,59 @@ def start(params, *, prefix=(), env=None, **options):
 
 
 def result_of(process, timeout=300):
-    out, err = process.communicate(timeout=timeout)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        kill(process)
+        raise
+    return _result(process.returncode, out, err)
+
+
+def _result(status, out, err):
     lines = [line for line in out.splitlines() if line.startswith("{")]
-    assert lines, f"no result, status {process.returncode}: {out}{err}"
+    assert lines, f"no result, status {status}: {out}{err}"
     result = json.loads(lines[-1])
     assert "Traceback" not in json.dumps(result), result
-    assert bool(result.get("failed")) == (process.returncode != 0)
+    assert bool(result.get("failed")) == (status != 0)
     return result
 
 
-def module(params, *, untouched=(), **options):
-    """Result of one run, and proof that its source was left as it was."""
+_server = None
+
+
+def _served(params, *, check=False, diff=True, module="storage_volume_clone"):
+    """Result of the module in a child of a process that has imported all that it imports."""
+    global _server
+    if _server is None:
+        _server = subprocess.Popen(
+            [PYTHON, str(HERE / "driver.py"), "serve"],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        _server.stdin.write(json.dumps([module, _arguments(params, check, diff)]) + "\n")
+        _server.stdin.flush()
+        answer = json.loads(_server.stdout.readline())
+    except BaseException:
+        # A test that took too long: its run ends with it.
+        kill(_server)
+        _server = None
+        raise
+    return _result(*answer)
+
+
+def module(params, *, untouched=(), check=False, diff=True, module="storage_volume_clone", **options):
+    """Result of one run, and proof that its source was left as it was.
+
+    What ``options`` has for :func:`start` makes it a run in a Python of its own.
+    """
     paths = [*source_paths(params), *untouched]
     before = [fingerprint(path) for path in paths]
-    result = result_of(start(params, **options))
+    stated = {"check": check, "diff": diff, "module": module}
+    result = result_of(start(params, **stated, **options)) if options else _served(params, **stated)
     assert [fingerprint(path) for path in paths] == before, f"the source was changed by {params}"
     return result
 
