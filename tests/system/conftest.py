@@ -307,7 +307,7 @@ class Ceph:
     port: int = 16789
 
     def rbd(self, *arguments):
-        return run("rbd", "-c", self.conf, *arguments)
+        return run("rbd", "-c", self.conf, *arguments, timeout=60)
 
 
 @pytest.fixture(scope="session")

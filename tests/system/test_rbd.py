@@ -81,18 +81,16 @@ class Pool:
 
     def empty(self):
         """Remove all images, children before their parents."""
-        left = self.images()
-        while left:
+        end = time.monotonic() + 60
+        while left := self.images():
+            said = []
             for name in left:
-                for snapshot in self.snapshots(name):
-                    subprocess.run(
-                        ["rbd", "-c", self.ceph.conf, "snap", "unprotect", f"{self.pool}/{name}@{snapshot}"],
-                        capture_output=True,
-                        check=False,
-                    )
-                for how in (["snap", "purge"], ["rm"]):
-                    subprocess.run(["rbd", "-c", self.ceph.conf, *how, f"{self.pool}/{name}"], capture_output=True, check=False)
-            left = self.images()
+                image = f"{self.pool}/{name}"
+                unprotect = [["snap", "unprotect", f"{image}@{snapshot}"] for snapshot in self.snapshots(name)]
+                for how in (*unprotect, ["snap", "purge", image], ["rm", image]):
+                    command = ["rbd", "--no-progress", "-c", self.ceph.conf, *how]
+                    said.append(subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stderr)
+            assert time.monotonic() < end, "".join(said)
 
 
 @pytest.fixture(scope="session")
@@ -105,9 +103,10 @@ def ceph_pool(libvirtd, ceph, scratch):
 @pytest.fixture(scope="session")
 def other_ceph_pool(libvirtd, ceph, scratch):
     """Another pool of the same cluster."""
-    run("ceph", "-c", ceph.conf, "osd", "pool", "create", "second", "8")
-    run("ceph", "-c", ceph.conf, "osd", "pool", "application", "enable", "second", "rbd")
-    run("rbd", "-c", ceph.conf, "pool", "init", "second")
+    for command in ("ceph osd pool create second 8", "ceph osd pool application enable second rbd", "rbd pool init second"):
+        # A client may lose a race, and ask before it has the monitor's map.
+        words = ["timeout", "20", *command.split(), "-c", ceph.conf]
+        harness.wait_until(lambda words=words: subprocess.run(words, capture_output=True, check=False).returncode == 0, 60)
     pool = Pool(ceph, scratch, "second")
     yield pool
     pool.end()
