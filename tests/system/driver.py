@@ -37,8 +37,8 @@ def child(module, arguments, out, err):
     """Never returns."""
     status = 1
     try:
-        for number, file in enumerate((open(os.devnull), out, err)):
-            os.dup2(file.fileno(), number)
+        for number, fd in enumerate((os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno())):
+            os.dup2(fd, number)
         run(module, arguments)
         status = 0
     except SystemExit as end:
