@@ -78,6 +78,19 @@ def library(scratch):
     harness.library = str(place)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(library, scratch):
+    path = str(scratch / "fork_server")
+    server = subprocess.Popen(
+        [harness.PYTHON, harness.HERE / "fork_server.py", path, harness.HERE / "driver.py"], env=harness.environment()
+    )
+    harness.wait_until(lambda: os.path.exists(path), 120)
+    harness.fork_server = path
+    yield
+    server.kill()
+    server.wait()
+
+
 def make_file_system(kind, image, size, place):
     """A file system in a file, mounted."""
     with open(image, "wb") as file:

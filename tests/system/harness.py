@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,18 +30,16 @@ STAGED = ".virtforge-"
 pools: dict[str, Path] = {}
 #: where PYTHON finds ansible and the collection; set by conftest
 library = ""
+#: the socket of fork_server.py; set by conftest
+fork_server = ""
 
 
-def _arguments(params, check, diff):
+def command(params, *, check=False, diff=True, module="storage_volume_clone", python=PYTHON):
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in params.items()}
     arguments.update(
         _ansible_check_mode=check, _ansible_diff=diff, _ansible_remote_tmp="/var/tmp", _ansible_keep_remote_files=False
     )
-    return json.dumps({"ANSIBLE_MODULE_ARGS": arguments})
-
-
-def command(params, *, check=False, diff=True, module="storage_volume_clone", python=PYTHON):
-    return [python, str(HERE / "driver.py"), module, _arguments(params, check, diff)]
+    return [python, str(HERE / "driver.py"), module, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})]
 
 
 def environment(**more):
@@ -53,8 +53,52 @@ def environment(**more):
     }
 
 
+class Forked:
+    """A module in a child of the fork server, as far as tests use subprocess.Popen."""
+
+    def __init__(self, argv):
+        # Closed by communicate().
+        self._files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _number in range(2)]  # noqa: SIM115
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(fork_server)
+        text = json.dumps({"argv": argv, "environment": environment()})
+        socket.send_fds(self._socket, [text.encode()], [file.fileno() for file in self._files])
+        self._answers = self._socket.makefile()
+        self.pid = int(self._answers.readline())
+        self.returncode = None
+        self.stdout, self.stderr = self._files
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            self._socket.settimeout(timeout)
+            self.returncode = int(self._answers.readline())
+            self._socket.close()
+        return self.returncode
+
+    def poll(self):
+        return self.returncode if os.path.exists(f"/proc/{self.pid}") else self.wait()
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        texts = []
+        for file in self._files:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        return tuple(texts)
+
+
 def start(params, *, prefix=(), env=None, **options):
     """The module in a process of its own session."""
+    if not prefix and not env and "python" not in options:
+        return Forked(command(params, **options)[1:])
     return subprocess.Popen(
         [*prefix, *command(params, **options)],
         env=environment(**(env or {})),
@@ -72,54 +116,19 @@ def result_of(process, timeout=300):
     except BaseException:
         kill(process)
         raise
-    return _result(process.returncode, out, err)
-
-
-def _result(status, out, err):
     lines = [line for line in out.splitlines() if line.startswith("{")]
-    assert lines, f"no result, status {status}: {out}{err}"
+    assert lines, f"no result, status {process.returncode}: {out}{err}"
     result = json.loads(lines[-1])
     assert "Traceback" not in json.dumps(result), result
-    assert bool(result.get("failed")) == (status != 0)
+    assert bool(result.get("failed")) == (process.returncode != 0)
     return result
 
 
-_server = None
-
-
-def _served(params, *, check=False, diff=True, module="storage_volume_clone"):
-    """Result of the module in a child of a process that has imported all that it imports."""
-    global _server
-    if _server is None:
-        _server = subprocess.Popen(
-            [PYTHON, str(HERE / "driver.py"), "serve"],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    try:
-        _server.stdin.write(json.dumps([module, _arguments(params, check, diff)]) + "\n")
-        _server.stdin.flush()
-        answer = json.loads(_server.stdout.readline())
-    except BaseException:
-        # A test that took too long: its run ends with it.
-        kill(_server)
-        _server = None
-        raise
-    return _result(*answer)
-
-
-def module(params, *, untouched=(), check=False, diff=True, module="storage_volume_clone", **options):
-    """Result of one run, and proof that its source was left as it was.
-
-    What ``options`` has for :func:`start` makes it a run in a Python of its own.
-    """
+def module(params, *, untouched=(), **options):
+    """Result of one run, and proof that its source was left as it was."""
     paths = [*source_paths(params), *untouched]
     before = [fingerprint(path) for path in paths]
-    stated = {"check": check, "diff": diff, "module": module}
-    result = result_of(start(params, **stated, **options)) if options else _served(params, **stated)
+    result = result_of(start(params, **options))
     assert [fingerprint(path) for path in paths] == before, f"the source was changed by {params}"
     return result
 

@@ -11,11 +11,8 @@ All fixtures of the tests outside are there too, and the same rules.
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
-import tempfile
 from pathlib import Path
 
 import harness
@@ -42,62 +39,6 @@ def udev():
     yield
     daemon.terminate()
     daemon.wait(30)
-
-
-class Forked:
-    """A module in a child of the fork server, as far as tests use subprocess.Popen."""
-
-    def __init__(self, path, command, environment):
-        # Closed by communicate().
-        self._files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _number in range(2)]  # noqa: SIM115
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(path)
-        text = json.dumps({"argv": command, "environment": environment})
-        socket.send_fds(self._socket, [text.encode()], [file.fileno() for file in self._files])
-        self._answers = self._socket.makefile()
-        self.pid = int(self._answers.readline())
-        self.returncode = None
-        self.stdout, self.stderr = self._files
-
-    def wait(self, timeout=None):
-        if self.returncode is None:
-            self._socket.settimeout(timeout)
-            self.returncode = int(self._answers.readline())
-            self._socket.close()
-        return self.returncode
-
-    def poll(self):
-        return self.returncode if os.path.exists(f"/proc/{self.pid}") else self.wait()
-
-    def communicate(self, timeout=None):
-        self.wait(timeout)
-        texts = []
-        for file in self._files:
-            file.seek(0)
-            texts.append(file.read())
-            file.close()
-        return tuple(texts)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def fork_server(library, scratch):
-    """Modules that run as they are, with no prefix, no environment and no Python of their own, are started by fork."""
-    path, driver = str(scratch / "fork_server"), harness.HERE / "driver.py"
-    server = subprocess.Popen([harness.PYTHON, HERE / "fork_server.py", path, driver], env=harness.environment())
-    harness.wait_until(lambda: os.path.exists(path), 120)
-    start = harness.start
-
-    def forked(params, *, prefix=(), env=None, **options):
-        if prefix or env or "python" in options:
-            return start(params, prefix=prefix, env=env, **options)
-        _python, *command = harness.command(params, **options)
-        return Forked(path, command, harness.environment())
-
-    harness.start = forked
-    yield
-    harness.start = start
-    server.kill()
-    server.wait()
 
 
 @pytest.fixture(scope="session")

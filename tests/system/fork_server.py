@@ -4,11 +4,12 @@
 
 """usage: fork_server.py SOCKET DRIVER
 
-Runs modules in children of a process that has imported all they need, which takes an emulated processor seconds. For each
+Runs modules in children of a process that has imported all they need: that is most of what a short run takes. For each
 connection: the words of a command and its environment come in, with two open files for its output; its number goes out, and
 when it has ended its status.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -45,11 +46,12 @@ def handle(client, driver):
     request = json.loads(text)
     child = os.fork()
     if child:
-        client.sendall(f"{child}\n".encode())
         _pid, status = os.waitpid(child, 0)
         client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         os._exit(0)
+    # Whoever knows its number may end its session.
     os.setsid()
+    client.sendall(f"{os.getpid()}\n".encode())
     for number, fd in enumerate((os.open(os.devnull, os.O_RDONLY), *fds)):
         os.dup2(fd, number)
     os.closerange(3, 64)
@@ -64,6 +66,7 @@ def handle(client, driver):
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
