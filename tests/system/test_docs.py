@@ -131,7 +131,7 @@ def test_the_examples_of_a_guide(page, host, scratch):
 
 def on_ceph_or_lvm(task):
     """The host of these tests has neither."""
-    params = next((value for key, value in task.items() if key.startswith("virtforge.")), {})
+    params = next((value for key, value in task.items() if key.startswith("virtforge.")), None) or {}
     return params.get("pool") == "ceph" or params.get("type") in ("logical", "rbd")
 
 
