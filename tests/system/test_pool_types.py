@@ -233,7 +233,6 @@ def test_a_secret_that_another_pool_names_stays(tgt):
     "pool_type, source, path",
     [
         ("gluster", {"hosts": [{"name": "nas"}], "name": "gv0"}, None),
-        ("zfs", {"name": "tank"}, None),
         ("vstorage", {"name": "cluster"}, "/vstorage"),
     ],
 )
@@ -242,6 +241,13 @@ def test_a_type_that_libvirt_was_built_without(pool_type, source, path):
     assert (result["failed"], result["error_code"]) == (True, "NO_SUPPORT"), result
     assert pool_type in result["msg"]
     assert names() == []
+
+
+def test_a_start_with_nothing_behind_it():
+    """libvirt starts a pool of ZFS where there is no ZFS."""
+    result = module({"name": "tank", "type": "zfs", "pool_source": {"name": "tank"}}, module=POOL)
+    assert (result["failed"], result["error_code"]) == (True, "IO_ERROR"), result
+    assert "no storage behind it" in result["msg"], result
 
 
 def test_an_adapter_that_is_not_there():

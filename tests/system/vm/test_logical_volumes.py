@@ -2,14 +2,10 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""storage_volume and storage_volume_info where volumes are logical volumes.
-
-A Python takes seconds to start in this machine, so each test goes through a whole life, with several tasks in one process.
-"""
+"""storage_volume and storage_volume_info where volumes are logical volumes."""
 
 from __future__ import annotations
 
-import json
 import os
 
 import harness
@@ -20,26 +16,12 @@ ABSENT = {"state": "absent"}
 SECRET = b"what nobody shall read any more "
 
 
-TASKS = """
-import json, sys
-from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
-from ansible_collections.virtforge.libvirt.plugins.modules import storage_volume, storage_volume_info
-for check, params in json.load(sys.stdin):
-    module, work = storage_volume, storage_volume.declare
-    if len(params) == 1:
-        module, work = storage_volume_info, storage_volume_info.describe
-    defaults = {name: option.get("default") for name, option in module.ARGUMENT_SPEC.items()}
-    try:
-        print(json.dumps(work({**defaults, **params}, check)))
-    except CloneError as exc:
-        print(json.dumps({"error_code": exc.code, "msg": exc.msg}))
-"""
-
-
 def tasks(*wanted):
-    """What the modules return for (check mode, parameters); a pool alone is for storage_volume_info."""
-    out = run(harness.PYTHON, "-c", TASKS, input=json.dumps(wanted), env=harness.environment())
-    return [json.loads(line) for line in out.splitlines()]
+    """Results for (check mode, parameters); a pool alone is for storage_volume_info."""
+    return [
+        harness.module(params, check=check, module="storage_volume" if len(params) > 1 else "storage_volume_info")
+        for check, params in wanted
+    ]
 
 
 def volumes(pool):
@@ -48,13 +30,7 @@ def volumes(pool):
 
 
 def settle(**params):
-    """Check run, run, second run, as in the harness."""
-    predicted, result, again = tasks((True, params), (False, params), (False, params))
-    assert "error_code" not in result, result
-    for key in ("changed", "actions", "diff"):
-        assert predicted[key] == result[key], (key, predicted[key], result[key])
-    assert (again["changed"], again["actions"]) == (False, []), again
-    return result
+    return harness.settle("storage_volume", **params)
 
 
 @pytest.fixture(scope="module")
