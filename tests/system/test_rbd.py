@@ -88,7 +88,7 @@ class Pool:
                 image = f"{self.pool}/{name}"
                 unprotect = [["snap", "unprotect", f"{image}@{snapshot}"] for snapshot in self.snapshots(name)]
                 for how in (*unprotect, ["snap", "purge", image], ["rm", image]):
-                    command = ["rbd", "--no-progress", "-c", self.ceph.conf, *how]
+                    command = ["rbd", "-c", self.ceph.conf, *how]
                     said.append(subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stderr)
             assert time.monotonic() < end, "".join(said)
 
