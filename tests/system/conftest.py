@@ -44,6 +44,13 @@ def pytest_runtest_makereport(item):
         )
 
 
+def pytest_runtest_logreport(report):
+    """A failure is told at once too: a run that is ended from outside tells nothing at its end."""
+    if report.failed:
+        reason = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        print(f"\n{report.nodeid} ({report.when}): {' '.join(reason[:3])[:2000]}", file=sys.__stderr__, flush=True)
+
+
 def pytest_sessionfinish(session):
     allowed = [line.split(":", 1)[0] for line in ALLOWED_SKIPS.read_text().splitlines() if line and not line.startswith("#")]
     session.config.unlisted = [skip for skip in session.config.skipped if not any(skip[0].startswith(name) for name in allowed)]
