@@ -33,6 +33,7 @@ def pytest_configure(config):
     if os.environ.get("VIRTFORGE_PRIVATE") != "yes":
         raise pytest.UsageError("run these tests by tests/tools/system: they need root and namespaces of their own")
     config.skipped = []
+    config.pluginmanager.register(Teller(config))
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -44,11 +45,17 @@ def pytest_runtest_makereport(item):
         )
 
 
-def pytest_runtest_logreport(report):
-    """A failure is told at once too: a run that is ended from outside tells nothing at its end."""
-    if report.failed:
-        reason = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
-        print(f"\n{report.nodeid} ({report.when}): {' '.join(reason[:3])[:2000]}", file=sys.__stderr__, flush=True)
+class Teller:
+    """Tells a failure at once too: a run that is ended from outside tells nothing at its end."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            reason = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write_line(f"\n{report.nodeid} ({report.when}): {' '.join(reason[:3])[:2000]}")
 
 
 def pytest_sessionfinish(session):
