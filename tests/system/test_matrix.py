@@ -132,6 +132,10 @@ def places(libvirtd, request, scratch):
 
 @pytest.fixture(scope="module")
 def sources(places, scratch):
+    yield from make_sources(places, scratch)
+
+
+def make_sources(places, scratch):
     """In each pool a volume of each format that it holds, all with the same data; and that data."""
     raw = make_raw(scratch / "matrix.raw", 8 * MIB, [(1, 2), (6, 1)])
     names = {}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pytest
 from harness import MIB, run
-from test_matrix import Makers, Place, clone_between
-from test_matrix import sources as sources  # a fixture
+from test_matrix import Makers, Place, clone_between, make_sources
 
 TYPES = ("directory", "disk", "logical", "netfs", "rbd")
 PAIRS = [(source, target) for source in TYPES for target in TYPES if {source, target} & {"logical", "netfs"}]
@@ -33,6 +32,11 @@ def places(libvirtd, request, scratch):
     makers = VmMakers(request, scratch, "vm")
     yield {key: getattr(makers, key)() for key in TYPES}
     makers.end()
+
+
+@pytest.fixture(scope="module")
+def sources(places, scratch):
+    yield from make_sources(places, scratch)
 
 
 @pytest.mark.parametrize("source, target", PAIRS)
