@@ -523,6 +523,7 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     },
     "source": {"type": "str", "aliases": ["clone_source", "source_volume"]},
     "source_path": {"type": "path"},
+    **_argspec.OUTSIDE,
     "source_pool": {"type": "str"},
     "source_format": {"type": "str"},
     "clone_type": {"type": "str", "choices": ["full", "linked"]},
@@ -546,8 +547,9 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     "verify": {"type": "bool", "default": False},
 }
 CONDITIONS: t.Dict[str, t.Any] = {
-    "mutually_exclusive": [["source", "source_path"], ["volumes", "name"], ["volumes", "xml"]],
-    "required_one_of": [["source", "source_path"]],
+    "mutually_exclusive": [["source", "source_path", "source_url"], ["volumes", "name"], ["volumes", "xml"]],
+    "required_one_of": [["source", "source_path", "source_url"]],
+    "required_by": {"cache_dir": ["source_url"], "client_key": ["client_cert"]},
 }
 
 
