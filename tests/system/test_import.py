@@ -23,6 +23,7 @@ import zlib
 from pathlib import Path
 
 import harness
+import plays
 import pytest
 import test_devices
 import web
@@ -79,11 +80,6 @@ def server(www):
     server = web.Web(www)
     yield server
     server.end()
-
-
-@pytest.fixture(scope="session")
-def certificates(scratch):
-    return web.make_certificates(scratch / "ca")
 
 
 @pytest.fixture
@@ -230,7 +226,7 @@ def test_the_certificate_of_the_server(secure, certificates, www, pool):
     assert "certificate" in refused("OPERATION_DENIED", **params)
     assert "ca_path" in refused("INVALID_ARG", **params, ca_path="/no/such.pem")
     assert fails(
-        "OPERATION_DENIED", **{**params, "source_url": secure.url("plain/base.qcow2", "127.0.0.2")}, ca_path=certificates.ca
+        "OPERATION_DENIED", **{**params, "source_url": secure.url("plain/base.qcow2", "localhost")}, ca_path=certificates.ca
     )
     clone(**params, ca_path=certificates.ca)
     clone(**{**params, "name": "unchecked"}, validate_certs=False)
@@ -248,12 +244,10 @@ def test_the_certificate_of_this_host(secure, certificates, www, pool):
     assert "client_cert" in message
 
 
-@pytest.mark.parametrize(
-    "how, options", [("auth", {}), ("auth", {"force_basic_auth": True}), ("forced", {"force_basic_auth": True})]
-)
-def test_a_password(server, www, pool, how, options):
+@pytest.mark.parametrize("how, forced", [("auth", False), ("auth", True), ("forced", True)])
+def test_a_password(server, www, pool, how, forced):
     params = {"pool": pool, "source_url": server.url(f"{how}/base.qcow2"), "name": "web", "format": "qcow2", "capacity": SIZE}
-    process = start({**params, "url_username": web.USER, "url_password": web.PASSWORD, **options})
+    process = start({**params, "url_username": web.USER, "url_password": web.PASSWORD, "force_basic_auth": forced})
     result = result_of(process)
     assert result["changed"] and is_base(pool / "web", www)
     assert web.PASSWORD not in json.dumps(result)
@@ -564,16 +558,13 @@ def archive(place, kind):
     elif kind.startswith("tar"):
         with tarfile.open(path, "w:" + kind.partition(".")[2]) as file:
             file.add(member, "disk.raw")
-    elif kind == "tar zst":
-        run("zstd", "-q", archive(place, "tar"), "-o", path)
     elif kind == "twice":
         path.write_bytes(gzip.compress(lzma.compress(member.read_bytes())))
     elif kind == "page":
         path.write_text("\n <!DOCTYPE html><html><title>Please log in</title></html>")
     elif kind == "cpio":
-        path.write_bytes(
-            subprocess.run(["cpio", "-o", "-H", "newc"], cwd=place, input=b"disk.raw\n", capture_output=True, check=True).stdout
-        )
+        command = ["cpio", "-o", "-H", "newc", "-F", path]
+        subprocess.run(command, cwd=place, input=b"disk.raw\n", capture_output=True, check=True)
     else:
         magic = {
             "7z": b"7z\xbc\xaf\x27\x1c",
@@ -680,7 +671,8 @@ def test_a_bomb_of_data_stops_before_the_disk_is_full(small_file_system, own, ki
             time.sleep(0.005)
         result = result_of(process)
         assert result["error_code"] == "NO_SPACE" and "does not fit into pool" in result["msg"]
-        assert lowest * os.statvfs(small).f_frsize > 10 * MIB
+        # XFS takes more for a moment than it needs in the end.
+        assert lowest * os.statvfs(small).f_frsize > MIB
         harness.wait_until(lambda: os.statvfs(small).f_bavail >= free - 16)
         assert not leftovers(small) and not (small / "web").exists()
 
@@ -726,14 +718,14 @@ def test_a_list_of_checksums(server, www, pool, own):
         message = refused("INVALID_ARG", pool=pool, name="no", checksum=f"sha256:{server.url('plain/SHA256SUMS')}", **source)
         assert "no checksum of sha256 for 'unlisted.raw'" in message
     refused("NO_STORAGE_VOL", pool=pool, name="no", checksum=f"sha256:{server.url('plain/none')}", source_path=www / "base.raw")
+    endless = f"sha256:{other.url('plain/endless')}"
     (place / "endless").write_bytes(b"x" * (5 * MIB))
-    message = refused(
-        "INVALID_ARG", pool=pool, name="no", checksum=f"sha256:{other.url('plain/endless')}", source_path=www / "base.raw"
-    )
+    message = refused("INVALID_ARG", pool=pool, name="no", checksum=endless, source_path=www / "base.raw")
     assert "no list of checksums" in message
+    digest = sha(www / "base.raw").partition(":")[2]
     (place / "FEDORA").write_text(
         "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n# base.raw: 8388608 bytes\n"
-        f"SHA256 (base.raw) = {sha(www / 'base.raw').partition(':')[2]}\nSHA512 (base.raw) = {'0' * 128}\n-----BEGIN PGP SIGNATURE-----\n"
+        f"SHA256 (base.raw) = {digest}\nSHA512 (base.raw) = {'0' * 128}\n-----BEGIN PGP SIGNATURE-----\n"
     )
     clone(pool=pool, name="fedora", source_path=www / "base.raw", checksum=f"sha256:{other.url('plain/FEDORA')}")
 
@@ -801,7 +793,8 @@ def test_an_image_without_a_checksum_is_fetched_when_it_is_another(pool, cache, 
         assert same_content(place / "image", "qcow2", pool / "new", "qcow2") and len(kept(cache)) == 2
         assert told(clone(**params, name="newer")) == "hit"
     (place / "image").unlink()
-    assert result_of(start({**params, "name": "gone"}))["failed"] or how == "dated"
+    if how == "etag":
+        fails("NO_STORAGE_VOL", **params, name="gone")
 
 
 def test_what_cannot_be_asked_again_is_not_kept(server, pool, cache, www):
@@ -872,6 +865,37 @@ def test_a_cache_that_is_refreshed_while_it_is_read(server, pool, cache, own, ww
     assert told(result_of(slow)) == "hit" and is_base(pool / "slow", www)
 
 
+# --- the role and the playbooks -------------------------------------------------------------------------------------------
+
+
+def test_a_form_has_an_image_fetched(server, www, pool, cache):
+    form = {
+        "pool": pool,
+        "source_url": server.url("plain/base.qcow2.xz"),
+        "checksum": f"sha256:{server.url('plain/SHA256SUMS')}",
+        "cache_dir": cache,
+    }
+    assert plays.settle("virtforge.libvirt.clone_volumes", *plays.variables(**form, volume="golden.qcow2")) == 1
+    fan = plays.variables(**form, prefix="class", count=3)
+    assert plays.settle("virtforge.libvirt.golden_image_fanout", *fan, allow_warnings=True) == 1
+    for name in ("golden", "class1", "class2", "class3"):
+        assert is_base(pool / f"{name}.qcow2", www)
+    assert len(server.bodies("base.qcow2.xz")) == 1
+    swept = plays.variables(pool=pool, prefix="class", count=3, source_url=form["source_url"], storage_safe_mode=False)
+    assert plays.settle("virtforge.libvirt.teardown", *swept) == 1
+    assert sorted(os.listdir(pool)) == ["golden.qcow2"]
+
+
+def test_a_password_of_the_role_is_not_shown(server, www, pool):
+    clones = [{"pool": pool, "name": "web", "source_url": server.url("auth/base.qcow2"), "url_username": web.USER}]
+    for password, failed in ((web.PASSWORD, False), ("wrong-secret", True)):
+        stated = plays.variables(storage_clones=[{**clones[0], "url_password": password}])
+        status, output = plays.ansible_playbook("virtforge.libvirt.clone_volumes", "-v", *stated)
+        assert bool(status) == failed and password not in output, output
+        clones[0]["name"] = "other"
+    assert is_base(pool / "web", www)
+
+
 # --- kills ----------------------------------------------------------------------------------------------------------------
 
 
@@ -902,7 +926,7 @@ def test_where_files_have_names_the_next_run_removes_them(server, pool, cache, w
     unnamed = ["-e", "trace=openat", "-e", "inject=openat:error=EOPNOTSUPP"]
     place = cache if cached else pool
     cache.mkdir(mode=0o700)
-    process = start(params, prefix=["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(place), "-P", ".", *unnamed])
+    process = start(params, prefix=["strace", "-f", "-qq", "-o", "/dev/null", "-P", ".", *unnamed])
     harness.wait_until(lambda: leftovers(place) or process.poll() is not None, 30)
     assert leftovers(place), result_of(process)
     kill(process)

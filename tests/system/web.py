@@ -36,7 +36,8 @@ class Asked:
 class Web:
     """Serves the files of a directory.
 
-    ``/plain/NAME`` as anybody does; the others are the methods of :class:`_Handler`. What was asked is in ``log``.
+    ``/plain/NAME`` as anybody does; the others are the methods of :class:`_Handler`. Any other path is that of a file, with an
+    ETag. What was asked is in ``log``.
     """
 
     def __init__(self, place: Path, context: ssl.SSLContext | None = None, address=("127.0.0.1", 0)):
@@ -45,6 +46,8 @@ class Web:
         self.server = ThreadingHTTPServer(address, _Handler)
         self.server.daemon_threads = True
         self.server.web = self
+        # Who hangs up, or does not trust us, does so on purpose.
+        self.server.handle_error = lambda *_arguments: None
         if context:
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True, do_handshake_on_connect=False)
         self.scheme = "https" if context else "http"
@@ -70,13 +73,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.sent, self.status = 0, 0
-        path = self.path
-        if path.startswith("http://"):
-            # We are its proxy.
-            path = urlsplit(path).path
+        # A whole URL is what a proxy is asked for.
+        path = urlsplit(self.path).path
         how, _slash, name = path.lstrip("/").partition("/")
         try:
-            getattr(self, f"how_{how}")(unquote(name))
+            if hasattr(self, f"how_{how}"):
+                getattr(self, f"how_{how}")(unquote(name))
+            else:
+                self.how_etag(unquote(path.lstrip("/")))
+        except FileNotFoundError:
+            self.begin(404, Content_Length=0)
         except (BrokenPipeError, ConnectionResetError, ssl.SSLError):
             pass
         self.server.web.log.append(Asked(self.command, self.path, dict(self.headers), self.status, self.sent))
@@ -103,9 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body(data)
 
     def how_plain(self, name):
-        if not (self.server.web.place / name).is_file():
-            return self.begin(404, Content_Length=0)
-        return self.give(self.file(name))
+        self.give(self.file(name))
 
     def how_nolength(self, name):
         self.begin(200)

@@ -64,8 +64,8 @@ class Place:
     def free(self) -> int:
         """Bytes that may still be written."""
         status = os.fstatvfs(self.fd)
-        blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
-        return blocks * status.f_frsize - min(_RESERVE, status.f_blocks * status.f_frsize // 16)
+        # Not what is reserved for root either, which others cannot write to.
+        return status.f_bavail * status.f_frsize - min(_RESERVE, status.f_blocks * status.f_frsize // 16)
 
 
 @dataclass(frozen=True)
