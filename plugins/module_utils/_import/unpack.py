@@ -158,14 +158,12 @@ def _behind(data: bytes, read: t.Callable[[], bytes]) -> t.Tuple[bytes, int]:
     """What follows the end of a stream, enough of it to tell a magic, and the number of zeros before that."""
     zeros = 0
     while True:
-        data = data or read()
-        if not data:
-            return b"", zeros
         kept = data.lstrip(b"\0")
         zeros += len(data) - len(kept)
-        if kept:
-            return (kept if len(kept) >= HEAD else kept + read()), zeros
-        data = b""
+        more = b"" if len(kept) >= HEAD else read()
+        if not more:
+            return kept, zeros
+        data = kept + more
 
 
 def _by_program(fd: int, what: str, watch: t.Callable[[], None]) -> t.Iterator[bytes]:
