@@ -102,8 +102,8 @@ options:
     description:
       - How the image that O(source_url) or O(source_path) names is compressed. Without it the first bytes tell, whatever the
         name is.
-      - V(none) takes the bytes as they are. So do block devices, and O(source_path) with O(source_format=raw), where this is not
-        stated.
+      - V(none) takes the bytes as they are. Where this is not stated, so it is for a block device, and for O(source_path) with
+        O(source_format=raw).
       - V(zstd) needs the program C(zstd) on the managed host.
     type: str
     choices: [none, gzip, bzip2, xz, zstd]

@@ -36,8 +36,8 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: Where the pool or the source would have been made by an earlier task, or the source has to be fetched or unpacked, a
-      change is predicted, with a warning where format and capacity are not stated.
+    details: Where the pool or the source would have been made by an earlier task, a change is predicted, with a warning. So it is
+      where the source has to be fetched or unpacked, with a warning if format or capacity are not stated.
   diff_mode:
     support: full
   idempotent:
