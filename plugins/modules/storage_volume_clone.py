@@ -36,8 +36,8 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: Where the pool or the source would have been made by an earlier task, a change is predicted, with a warning. So it is
-      where the source has to be fetched or unpacked, with a warning if format or capacity are not stated.
+    details: Where the pool or the source would have been made by an earlier task, a change is predicted, with a warning. So it
+      is where the source has to be fetched or unpacked, with a warning if format or capacity are not stated.
   diff_mode:
     support: full
   idempotent:
@@ -496,19 +496,40 @@ volumes:
   type: list
   elements: dict
 source:
-  description:
-    - The source with C(pool), C(name), C(path), C(format) and C(capacity). The path of a O(source_url) is the URL, without
-      passwords and queries. What was not looked at is null.
-    - C(cache) is V(hit) or V(miss) where an image was looked for in O(cache_dir), else null.
+  description: The source. What was not looked at is null.
   returned: success
   type: dict
-  sample:
-    pool: default
-    name: debian-13.qcow2
-    path: /var/lib/libvirt/images/debian-13.qcow2
-    format: qcow2
-    capacity: 2147483648
-    cache: null
+  contains:
+    pool:
+      description: Its pool, null for one that is in none.
+      type: str
+      returned: success
+      sample: default
+    name:
+      description: Its name in that.
+      type: str
+      returned: success
+      sample: debian-13.qcow2
+    path:
+      description: Its path, or the URL without passwords and queries.
+      type: str
+      returned: success
+      sample: /var/lib/libvirt/images/debian-13.qcow2
+    format:
+      description: Its format, of a compressed image that of what is inside.
+      type: str
+      returned: success
+      sample: qcow2
+    capacity:
+      description: What a guest sees of it, in bytes.
+      type: int
+      returned: success
+      sample: 2147483648
+    cache:
+      description: V(hit) or V(miss) where an image was looked for in O(cache_dir), else null.
+      type: str
+      returned: success
+      sample: hit
 diff:
   description:
     - The volume C(before) and C(after), with the values that the task is about.
