@@ -408,7 +408,7 @@ def test_a_name_is_made_up_from_the_url(server, pool):
 def test_many_volumes_are_one_download(server, www, pool):
     names = [{"name": "a"}, {"name": "b", "format": "raw"}, {"name": "c", "capacity": "100M"}]
     params = {"pool": pool, "source_url": server.url("plain/base.qcow2.zst"), "volumes": names}
-    assert len(check(**params)["volumes"]) == 3
+    assert len(check(**params)["volumes"]) == 3 and [asked.method for asked in server.log] == ["HEAD"]
     result = clone(**params)
     assert result["actions"] == ["created"] and len(server.bodies()) == 1
     assert is_base(pool / "a", www) and is_base(pool / "b", www, "raw") and is_base(pool / "c", www)

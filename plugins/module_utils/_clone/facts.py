@@ -124,6 +124,7 @@ class Scene:
         #: an image from outside, for as long as the task lasts, and why there is none
         self._intake: t.Optional[intake.Intake] = None
         self._refusal: t.Optional[CloneError] = None
+        self._asked = False
         self.intake_warnings: t.List[str] = first.intake_warnings if first else []
         #: version of a source that has the checksum that is stated
         self._verified: t.Optional[t.Tuple[int, ...]] = None
@@ -319,7 +320,8 @@ class Scene:
         if root._refusal is not None:
             raise root._refusal
         try:
-            if root._intake is None:
+            if not root._asked:
+                root._asked = True
                 root._take_in(facts.source)
             if root._intake is None:
                 return replace(facts, brought=False)
@@ -350,29 +352,36 @@ class Scene:
             if request.outside.url is not None:
                 self._intake, self.intake_warnings[:] = intake.fetched(request.outside, place, terms, source.what)
                 return
-            fd, block, _version = stack.enter_context(self._file_outside(source))
+            fd, block, _version, watch = stack.enter_context(self._file_outside(source))
             kind = intake.compression(request.outside, fd, block, request.source_format, source.what)
             if not self.check_mode:
-                self._intake = intake.unpacked(t.cast(str, kind), fd, place, terms, source.what)
+                self._intake = intake.unpacked(t.cast(str, kind), fd, place, terms, source.what, watch)
 
     def _checked(self, source: SourceFacts) -> bool:
         """:raises CloneError: ``CHECKSUM_MISMATCH``"""
         root = self._root
-        if root._verified is None:
-            with root._file_outside(source) as (_fd, _block, version):
+        if root._verified != root.layers[0].version:
+            with root._file_outside(source) as (_fd, _block, version, _watch):
                 root._verified = version
         if root._verified != root.layers[0].version:
             raise CloneError("IN_USE", f"{source.what} was changed after it was looked at")
         return True
 
     @contextmanager
-    def _file_outside(self, source: SourceFacts) -> t.Iterator[t.Tuple[int, bool, t.Tuple[int, ...]]]:
-        """A file of this host, held, that has the checksum which is stated; descriptor, whether it is a device, version."""
+    def _file_outside(self, source: SourceFacts) -> t.Iterator[t.Tuple[int, bool, t.Tuple[int, ...], t.Callable[[], None]]]:
+        """A file of this host, held, that has the checksum which is stated.
+
+        Gives its descriptor, whether it is a device, its version, and what to call while it is read.
+        """
         path = t.cast(str, self.request.source_path)
         fd, block = _open_image(os.path.realpath(path), source.what)
 
+        hold: t.Optional[guards.Hold] = None
+
         def watch() -> None:
             self.deadline.check(f"reading {source.what}")
+            if hold is not None:
+                hold.check()
 
         with closing(os.fdopen(fd, "rb")), ExitStack() as stack:
             version = guards.version(fd)
@@ -384,8 +393,8 @@ class Scene:
             checksum = intake.resolved(self.request.outside, os.path.basename(path), self.deadline)
             if checksum is not None:
                 checksum.expect(intake.hash_of(fd, checksum, watch), source.what)
-            yield fd, block, version
-            if not self.check_mode:
+            yield fd, block, version, watch
+            if hold is not None:
                 hold.finish()
 
     def _source_device(self, facts: SourceFacts, pool: DevicePool) -> SourceFacts:

@@ -136,12 +136,8 @@ def hash_of(fd: int, checksum: Checksum, watch: t.Callable[[], None]) -> str:
     return t.cast(str, digest.hexdigest())
 
 
-def unpacked(kind: str, fd: int, place: Place, terms: Terms, what: str) -> Intake:
+def unpacked(kind: str, fd: int, place: Place, terms: Terms, what: str, watch: t.Callable[[], None]) -> Intake:
     """What is inside a compressed file."""
-
-    def watch() -> None:
-        terms.deadline.check(f"decompressing {what}")
-
     with ExitStack() as stack:
         staged = stack.enter_context(place.staging())
         inside = f"what is inside {what}"
@@ -297,17 +293,21 @@ def _received(
     with ExitStack() as stack:
         staged = stack.enter_context(place.staging())
         sink = _Sink(staged.fd, place, terms, what, archives=options.compression == "none")
+
+        def watch() -> None:
+            terms.deadline.check(f"fetching {what}")
+
         for data in answer.pieces():
             if digest is not None:
                 digest.update(data)
-            terms.rate.spend(len(data), lambda: terms.deadline.check(f"fetching {what}"))
+            terms.rate.spend(len(data), watch)
             sink.write(data)
         sink.finish()
         if checksum is not None and digest is not None:
             checksum.expect(digest.hexdigest(), what)
         kind = _compression(options, os.pread(staged.fd, unpack.HEAD, 0), what)
         if kind:
-            return unpacked(kind, staged.fd, place, terms, what), kind
+            return unpacked(kind, staged.fd, place, terms, what, watch), kind
         intake = _opened(staged)
         stack.pop_all()
     return intake, None

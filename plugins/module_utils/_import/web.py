@@ -19,6 +19,7 @@ import ssl
 import threading
 import typing as t
 import urllib.error
+from contextlib import closing
 from urllib.parse import quote, urljoin, urlsplit
 
 from ansible.module_utils.urls import MissingModuleError, open_url
@@ -142,6 +143,8 @@ def _open(url: str, home: str, options: Options, headers: t.Dict[str, str], meth
                 use_proxy=options.use_proxy,
                 timeout=options.timeout,
                 validate_certs=options.validate_certs,
+                # As get_url; some servers have something against Python's own.
+                http_agent="ansible-httpget",
                 url_username=options.username if known else None,
                 url_password=options.password if known else None,
                 force_basic_auth=options.force_basic_auth and known,
@@ -153,7 +156,7 @@ def _open(url: str, home: str, options: Options, headers: t.Dict[str, str], meth
                 decompress=False,
             )
         except urllib.error.HTTPError as exc:
-            with exc:
+            with closing(exc):
                 if (exc.code == 304 and headers) or (method == "HEAD" and exc.code in UNTOLD):
                     return exc.code, exc.headers, None
                 location = exc.headers.get("Location")
