@@ -22,10 +22,13 @@ from .._errors import CloneError, from_os_error
 from .._transfer import file_copy, guards, staging
 from .._transfer.pace import Rate
 from .._units import format_bytes
-from . import unpack, web
+from . import unpack
 from .cache import Cache, keeps, key_of
 from .checksum import MAX_LIST, Checksum, find
 from .options import Options, name_of, path_of, shown
+
+if t.TYPE_CHECKING:  # pragma: no cover
+    from .web import Answer
 
 _CHUNK = 1 << 20
 # What is left to the others who write to the same file system: virtual machines stop when it is full.
@@ -197,6 +200,13 @@ class _Sink:
 # --- from a web server --------------------------------------------------------------------------------------------------
 
 
+def _web() -> t.Any:
+    """Loading Ansible's utilities for URLs takes longer than many a clone."""
+    from . import web  # pylint: disable=import-outside-toplevel
+
+    return web
+
+
 def resolved(options: Options, name: str, deadline: Deadline) -> t.Optional[Checksum]:
     """The checksum with its digest, looked up in the list that it names.
 
@@ -218,7 +228,7 @@ def _listed(url: str, options: Options, deadline: Deadline) -> str:
         except OSError as exc:
             raise from_os_error(exc, f"reading {what}") from exc
     else:
-        data = b""
+        data, web = b"", _web()
         web.refuse_missing_files(options)
         with web.Answer(url, options.url or url, options, what, lambda: deadline.check(f"fetching {what}")) as answer:
             for piece in answer.pieces():
@@ -235,7 +245,7 @@ def fetched(options: Options, place: Place, terms: Terms, what: str) -> t.Tuple[
 
     :raises CloneError: also in a check run, for what the server says before it sends anything
     """
-    web.refuse_missing_files(options)
+    _web().refuse_missing_files(options)
     checksum = resolved(options, name_of(options.url or ""), terms.deadline)
     if options.cache_dir is None:
         return _fetched(options, checksum, place, None, terms, what)
@@ -261,7 +271,7 @@ def _fetched(
             terms.deadline.check(f"fetching {what}")
 
         if entry is None or checksum is None:
-            answer = stack.enter_context(web.Answer(url, url, options, what, watch, conditions, method))
+            answer = stack.enter_context(_web().Answer(url, url, options, what, watch, conditions, method))
         if entry and (checksum is not None or answer.status == 304):
             return Intake(os.dup(entry.fd), "hit"), []
         if cache is not None and not terms.check_mode:
@@ -286,7 +296,7 @@ def _fetched(
 
 
 def _received(
-    options: Options, answer: web.Answer, checksum: t.Optional[Checksum], place: Place, terms: Terms, what: str
+    options: Options, answer: Answer, checksum: t.Optional[Checksum], place: Place, terms: Terms, what: str
 ) -> t.Tuple[Intake, t.Optional[str]]:
     """What the server sends, unpacked, and how it was compressed."""
     digest = checksum.new() if checksum else None
