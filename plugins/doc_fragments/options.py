@@ -75,3 +75,78 @@ options:
       - Seconds after which the task gives up and leaves no volume. Without it there is no limit.
     type: int
 """
+
+    OUTSIDE = r"""
+options:
+  source_url:
+    description:
+      - URL of an image to clone, V(http), V(https) or V(file), fetched on the managed host. A C(file) URL is the same as
+        O(source_path).
+      - The server is asked only if something must be copied. A volume that exists is judged on the format and capacity that are
+        stated, and where none are stated it is left as it is. O(compare=content) fetches the image each time.
+      - The image is staged in the pool, or in O(cache_dir), without a name, so that the volume can share its blocks. For pools
+        without files, and those of another host, it is staged in C(/var/tmp) of the managed host, or in the directory that the
+        environment variable E(TMPDIR) names. It is refused where it does not fit, and as soon as it turns out not to.
+      - An image that has a backing store is refused, and so is an archive.
+      - In a check run only the header is asked for, so format and capacity are not known where they are not stated.
+      - Redirections are followed to V(http) and V(https), and to no other server with what identifies this one.
+    type: str
+  checksum:
+    description:
+      - Checksum of what O(source_url) or O(source_path) names, as it is there, as M(ansible.builtin.get_url) takes it.
+      - An algorithm and hexadecimal digits, V(sha256:9f86d08...), or an algorithm and the URL of a list as C(sha256sum) writes
+        it, V(sha512:https://cloud.example.com/SHA512SUMS). The list has to name the file as the URL or path does.
+      - Looked at where something is copied. Where it is another one nothing is made, nothing is unpacked, and nothing is kept.
+    type: str
+  source_compression:
+    description:
+      - How the image that O(source_url) or O(source_path) names is compressed. Without it the first bytes tell, whatever the
+        name is.
+      - V(none) takes the bytes as they are. Where this is not stated, so it is for a block device, and for O(source_path) with
+        O(source_format=raw).
+      - V(zstd) needs the program C(zstd) on the managed host.
+    type: str
+    choices: [none, gzip, bzip2, xz, zstd]
+  cache_dir:
+    description:
+      - Directory of the managed host in which images of O(source_url) are kept, unpacked. Made where it is missing.
+      - With O(checksum), an image that is there is used without asking the server for it. Without, the server is asked whether
+        it has another one; what it says neither C(ETag) nor C(Last-Modified) of is not kept.
+      - Of many tasks that want the same image, one fetches it. RV(source.cache) tells which.
+      - Nothing is ever removed from it. On the file system of the pool, volumes can share the blocks of what is in it.
+    type: path
+  url_username:
+    description: User name for the server of O(source_url). Not sent to another one.
+    type: str
+  url_password:
+    description: Password for the server of O(source_url).
+    type: str
+  force_basic_auth:
+    description: Whether user name and password are sent before the server asks for them.
+    type: bool
+    default: false
+  headers:
+    description: Headers for the server of O(source_url). Not sent to another one.
+    type: dict
+  client_cert:
+    description: PEM file with a certificate that identifies this host to the server, and maybe its key.
+    type: path
+  client_key:
+    description: PEM file with the key of O(client_cert).
+    type: path
+  ca_path:
+    description: PEM file with the certificates of those who vouch for the server.
+    type: path
+  validate_certs:
+    description: Whether the certificate of the server has to be valid.
+    type: bool
+    default: true
+  use_proxy:
+    description: Whether the proxy that the environment of the managed host names is used.
+    type: bool
+    default: true
+  url_timeout:
+    description: Seconds that the server may be silent. How long all of it may take, O(timeout) says.
+    type: int
+    default: 300
+"""

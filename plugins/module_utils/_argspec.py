@@ -35,3 +35,21 @@ LAYOUT: Spec = {
 
 #: how long to wait
 PATIENCE: Spec = {"lock_timeout": {"type": "int", "default": 300}, "timeout": {"type": "int"}}
+
+#: a source that comes from outside; the connection as in ansible.builtin.get_url and uri
+OUTSIDE: Spec = {
+    "source_url": {"type": "str"},
+    "checksum": {"type": "str"},
+    "source_compression": {"type": "str", "choices": ["none", "gzip", "bzip2", "xz", "zstd"]},
+    "cache_dir": {"type": "path"},
+    "url_username": {"type": "str"},
+    "url_password": {"type": "str", "no_log": True},
+    "force_basic_auth": {"type": "bool", "default": False},
+    "headers": {"type": "dict"},
+    "client_cert": {"type": "path"},
+    "client_key": {"type": "path"},
+    "ca_path": {"type": "path"},
+    "validate_certs": {"type": "bool", "default": True},
+    "use_proxy": {"type": "bool", "default": True},
+    "url_timeout": {"type": "int", "default": 300},
+}

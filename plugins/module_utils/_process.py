@@ -119,6 +119,59 @@ class Child:
         self._process.wait()
 
 
+class Output:
+    """A program that reads an open file and writes what we read from it. Use as a context manager, which ends it.
+
+    Start it from the main thread: with the thread that has started it, it dies.
+    """
+
+    def __init__(self, command: t.Sequence[str], stdin: int) -> None:
+        self._errors = os.memfd_create("stderr", os.MFD_CLOEXEC)
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=_ENVIRONMENT,
+                cwd="/",
+                preexec_fn=_in_child(os.getpid(), False, 1 << 16),  # pylint: disable=subprocess-popen-preexec-fn
+            )
+        except BaseException:
+            os.close(self._errors)
+            raise
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        t.cast(t.IO[bytes], self._process.stdout).close()
+        os.close(self._errors)
+
+    def pieces(self, size: int, watch: t.Callable[[], None]) -> t.Iterator[bytes]:
+        """What it writes.
+
+        :param watch: called at least five times a second; what it raises ends the program
+        """
+        stdout = t.cast(t.IO[bytes], self._process.stdout).fileno()
+        while True:
+            watch()
+            if not select.select([stdout], [], [], 0.2)[0]:
+                continue
+            data = os.read(stdout, size)
+            if not data:
+                return
+            yield data
+
+    def end(self) -> t.Tuple[int, str]:
+        """Exit status (negative for a signal) and the beginning of standard error, once it has nothing more to write."""
+        status = self._process.wait()
+        return status, os.pread(self._errors, 4096, 0).decode("utf-8", "replace")
+
+
 def _in_child(parent: int, quick: bool, file_limit: t.Optional[int]) -> t.Callable[[], None]:
     """What the child does between fork and exec: die with the parent, and live within limits (CVE-2015-5162)."""
 

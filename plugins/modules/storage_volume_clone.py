@@ -12,7 +12,8 @@ version_added: 0.1.0
 author:
   - The virtforge.libvirt authors (@virtforge)
 description:
-  - Makes a volume that is a clone of another volume, or of any file or block device on the managed host, in a pool.
+  - Makes a volume that is a clone of another volume, of any file or block device on the managed host, or of an image that a web
+    server has, in a pool.
   - The volume is declared. Where it exists as stated, nothing is done. Where it is smaller than stated it is grown. Where it
     differs otherwise, the task fails and names the difference, or replaces it with O(force=true).
   - A clone shares the blocks of its source where the file system can do that, and is otherwise copied without its holes and
@@ -28,13 +29,15 @@ description:
 extends_documentation_fragment:
   - virtforge.libvirt.options
   - virtforge.libvirt.options.layout
+  - virtforge.libvirt.options.outside
   - virtforge.libvirt.options.patience
   - virtforge.libvirt.attributes
   - virtforge.libvirt.attributes.actiongroup
 attributes:
   check_mode:
     support: full
-    details: Where the pool or the source would have been made by an earlier task, a change is predicted, with a warning.
+    details: Where the pool or the source would have been made by an earlier task, a change is predicted, with a warning. So it
+      is where the source has to be fetched or unpacked, with a warning if format or capacity are not stated.
   diff_mode:
     support: full
   idempotent:
@@ -44,6 +47,7 @@ requirements:
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt; C(lxml) for O(xml)
   - C(rados) and C(rbd) for Python, and the block driver rbd of QEMU, on the managed host, for pools of the type C(rbd)
   - the block driver iscsi of QEMU on the managed host, for pools of the type C(iscsi-direct)
+  - C(zstd) on the managed host, for images that are compressed by it
 options:
   pool:
     description:
@@ -105,6 +109,7 @@ options:
   source_path:
     description:
       - Absolute path of a file or block device on the managed host to clone.
+      - A file that is compressed is unpacked, and an archive refused, see O(source_compression).
       - For O(clone_type=linked) it has to lie in O(pool) or O(source_pool), since later tasks read through the clone.
       - With a O(uri) of another host it is uploaded to that, without its holes. To become another format, it is first converted
         in the directory C(/var/tmp) of the managed host, or in that of the environment variable E(TMPDIR).
@@ -118,13 +123,13 @@ options:
     description:
       - Format to read the source as, one of those of O(format). Without it, a file that begins like an image is read as that,
         any other as raw, and block devices as raw; a file that could be two formats is refused.
-      - V(raw) clones any bytes as they are.
+      - V(raw) clones any bytes as they are, of a O(source_url) those that are inside where it is compressed.
     type: str
   clone_type:
     description:
       - V(full) makes a volume that stands alone; it is what is made without this option too.
       - V(linked) makes a qcow2 image that has the source as its backing store. The source may be of any format, and an overlay
-        itself; an encrypted one is refused.
+        itself; an encrypted one is refused. It has to stay, so a O(source_url) and a compressed source are refused.
       - Where stated, a volume that exists and is the other kind, or a linked clone of something else, differs.
       - To make a linked clone stand alone later, see O(virtforge.libvirt.storage_volume#module:flatten).
     type: str
@@ -215,7 +220,7 @@ options:
     default: 64TiB
   bwlimit:
     description:
-      - At most so many bytes a second are copied, with the units of O(capacity). The sum for O(volumes).
+      - At most so many bytes a second are fetched and copied, with the units of O(capacity). The sum for O(volumes).
       - Blocks that are shared are not copied and do not count.
     type: str
   verify:
@@ -225,6 +230,7 @@ options:
     default: false
 seealso:
   - module: community.libvirt.virt_volume
+  - module: ansible.builtin.get_url
 notes:
   - Without root, and for a pool that belongs to root, use C(become).
   - Pools of the types C(rbd) and C(iscsi-direct) are reached with what their definition says, and with the secret that libvirt
@@ -305,6 +311,23 @@ EXAMPLES = r"""
     method: copy
     bwlimit: 50MiB
     verify: true
+
+- name: A golden image from a web server, checked and unpacked
+  virtforge.libvirt.storage_volume_clone:
+    pool: default
+    source_url: https://cloud.example.com/trixie/debian-13.qcow2.xz
+    checksum: sha256:https://cloud.example.com/trixie/SHA256SUMS
+    name: debian-13-golden.qcow2
+
+- name: Disks from an image that is fetched once for all hosts' tasks and nights
+  virtforge.libvirt.storage_volume_clone:
+    pool: default
+    source_url: https://cloud.example.com/trixie/debian-13.qcow2.xz
+    cache_dir: /srv/cache
+    capacity: 40GiB
+    volumes:
+      - name: cloud1.qcow2
+      - name: cloud2.qcow2
 
 - name: A golden image in Ceph, from a file
   virtforge.libvirt.storage_volume_clone:
@@ -473,15 +496,40 @@ volumes:
   type: list
   elements: dict
 source:
-  description: The source with C(pool), C(name), C(path), C(format) and C(capacity).
+  description: The source. What was not looked at is null.
   returned: success
   type: dict
-  sample:
-    pool: default
-    name: debian-13.qcow2
-    path: /var/lib/libvirt/images/debian-13.qcow2
-    format: qcow2
-    capacity: 2147483648
+  contains:
+    pool:
+      description: Its pool, null for one that is in none.
+      type: str
+      returned: success
+      sample: default
+    name:
+      description: Its name in that.
+      type: str
+      returned: success
+      sample: debian-13.qcow2
+    path:
+      description: Its path, or the URL without passwords and queries.
+      type: str
+      returned: success
+      sample: /var/lib/libvirt/images/debian-13.qcow2
+    format:
+      description: Its format, of a compressed image that of what is inside.
+      type: str
+      returned: success
+      sample: qcow2
+    capacity:
+      description: What a guest sees of it, in bytes.
+      type: int
+      returned: success
+      sample: 2147483648
+    cache:
+      description: V(hit) or V(miss) where an image was looked for in O(cache_dir), else null.
+      type: str
+      returned: success
+      sample: hit
 diff:
   description:
     - The volume C(before) and C(after), with the values that the task is about.
@@ -493,7 +541,7 @@ error_code:
     - Kind of failure, after libvirt's own where it has one.
     - One of V(NO_STORAGE_POOL), V(NO_STORAGE_VOL), V(STORAGE_VOL_EXIST), V(NO_SUPPORT), V(OPERATION_DENIED),
       V(OPERATION_INVALID), V(XML_ERROR), V(INVALID_ARG), V(CONFIG_UNSUPPORTED), V(NO_SPACE), V(IN_USE), V(DIFFERS),
-      V(TIMEOUT), V(IO_ERROR), V(MISSING_DEPENDENCY), V(UNSAFE_IMAGE) and V(CORRUPT_IMAGE).
+      V(TIMEOUT), V(IO_ERROR), V(MISSING_DEPENDENCY), V(UNSAFE_IMAGE), V(CORRUPT_IMAGE) and V(CHECKSUM_MISMATCH).
   returned: failure
   type: str
   sample: DIFFERS
@@ -523,6 +571,7 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     },
     "source": {"type": "str", "aliases": ["clone_source", "source_volume"]},
     "source_path": {"type": "path"},
+    **_argspec.OUTSIDE,
     "source_pool": {"type": "str"},
     "source_format": {"type": "str"},
     "clone_type": {"type": "str", "choices": ["full", "linked"]},
@@ -546,8 +595,9 @@ ARGUMENT_SPEC: t.Dict[str, t.Dict[str, t.Any]] = {
     "verify": {"type": "bool", "default": False},
 }
 CONDITIONS: t.Dict[str, t.Any] = {
-    "mutually_exclusive": [["source", "source_path"], ["volumes", "name"], ["volumes", "xml"]],
-    "required_one_of": [["source", "source_path"]],
+    "mutually_exclusive": [["source", "source_path", "source_url"], ["volumes", "name"], ["volumes", "xml"]],
+    "required_one_of": [["source", "source_path", "source_url"]],
+    "required_by": {"cache_dir": ["source_url"], "client_key": ["client_cert"]},
 }
 
 

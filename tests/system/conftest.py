@@ -23,6 +23,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 import harness
 import images
+import web
 from harness import MIB, run
 
 FILE_SYSTEMS = ("xfs", "btrfs", "ext4")
@@ -197,6 +198,12 @@ def qcow2(pool, raw):
     """64 MiB with 3 MiB of data."""
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, pool / "base.qcow2")
     return pool / "base.qcow2"
+
+
+@pytest.fixture(scope="session")
+def certificates(scratch):
+    """Of a certificate authority of these tests."""
+    return web.make_certificates(scratch / "ca")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import lzma
 import os
 import re
 import shlex
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import harness
 import pytest
+import web
 import yaml
 from harness import GIB, MIB, ROOT, run, virsh
 from plays import BIN, COLLECTIONS, ansible_playbook, counts, write_play
@@ -27,7 +30,7 @@ MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("*.py
 
 
 @pytest.fixture
-def host(libvirtd, gluster, hypervisor, file_systems, scratch):
+def host(libvirtd, gluster, hypervisor, file_systems, scratch, certificates, monkeypatch):
     """What the examples find: pools, images, devices, servers, another hypervisor, and an inventory with "hypervisors"."""
     place = file_systems["xfs"] / "examples"
     for name in ("srv", "home", "var/lib/libvirt/images"):
@@ -35,7 +38,9 @@ def host(libvirtd, gluster, hypervisor, file_systems, scratch):
         Path("/", name).mkdir(parents=True, exist_ok=True)
         run("mount", "--bind", place / name, f"/{name}")
     names = scratch / "names"
-    names.write_text(Path("/etc/hosts").read_text() + "127.0.0.2 nas.example.com\n127.0.0.1 kvm2.example.com\n")
+    names.write_text(
+        Path("/etc/hosts").read_text() + "127.0.0.2 nas.example.com\n127.0.0.1 kvm2.example.com cloud.example.com\n"
+    )
     run("mount", "--bind", names, "/etc/hosts")
 
     golden = place / "golden.qcow2"
@@ -54,11 +59,21 @@ def host(libvirtd, gluster, hypervisor, file_systems, scratch):
     Path("/home/anna/.ssh").mkdir()
     shutil.copy(hypervisor.srv.parents[1] / "id", "/home/anna/.ssh/kvm2")
 
+    cloud = place / "cloud" / "trixie"
+    cloud.mkdir(parents=True)
+    packed = cloud / "debian-13.qcow2.xz"
+    packed.write_bytes(lzma.compress(golden.read_bytes(), preset=0))
+    (cloud / "SHA256SUMS").write_text(f"{hashlib.sha256(packed.read_bytes()).hexdigest()} *{packed.name}\n")
+    server = web.Web(cloud.parent, certificates.context(), ("127.0.0.1", 443))
+    # As if the certificate authority of the tests was one that everybody trusts.
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+
     devices = {name: Device(scratch, name) for name in ("/dev/vg0/web1", "/dev/disk/by-id/virtio-vms")}
     inventory = scratch / "hosts.yml"
     here = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"}
     inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": {"localhost": here}}}))
     yield inventory
+    server.end()
     for uri in ("qemu:///system", hypervisor.uri):
         for pool in virsh("pool-list", "--all", "--name", uri=uri).split():
             harness.virsh_status("pool-destroy", pool, uri=uri)

@@ -87,7 +87,9 @@ def test_a_conversion_says_what_it_drops(gallery, pool):
 @pytest.mark.parametrize("name", sorted(images.media()))
 def test_install_media_and_rescue_disks_are_imported_from_a_path(pool, name, target):
     path = images.media()[name]
-    result = settle(pool=pool, source_path=path, name="media", format=target)
+    # What is inside an initrd is no image, but its bytes are as good as any.
+    stated = {"source_compression": "none"} if name.endswith(".gz") else {}
+    result = settle(pool=pool, source_path=path, name="media", format=target, **stated)
     assert same_content(path, "raw", pool / "media", target)
     if target == "raw":
         assert (pool / "media").read_bytes() == path.read_bytes()

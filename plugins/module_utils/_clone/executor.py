@@ -22,7 +22,7 @@ from .._pools.devices import DevicePool
 from .._pools.remote import RemotePool
 from .._transfer import file_copy, guards, locks, pace, staging
 from . import devices, planner, remote, result
-from .facts import Scene
+from .facts import Postponed, Scene
 from .planner import Backing, Create, Facts, Flatten, Grow, Ownership, Plan, SetPermissions
 from .request import Request
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
@@ -46,6 +46,8 @@ def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
         transfer: t.Optional[Transfer] = None
         try:
             facts, plan = judge(scene, facts)
+        except Postponed:
+            pass
         except CloneError as exc:
             # Whoever has it open may be another run, which is waited for under the lock; then all is judged again.
             if check_mode or exc.code != "IN_USE":
@@ -101,7 +103,7 @@ def source_locks(scene: Scene) -> t.List[str]:
     if isinstance(scene.pool, RemotePool) and scene.request.source is not None:
         return [scene.source_pool.lock_key(scene.request.source)]
     layers = scene.layers[1:] if scene.request.flatten else scene.layers
-    return [image.lock_key for image in layers]
+    return [image.lock_key for image in layers if not image.own]
 
 
 def wait_for_source(scene: Scene) -> None:

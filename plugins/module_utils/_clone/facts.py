@@ -17,7 +17,7 @@ import re
 import stat
 import time
 import typing as t
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 
 from .. import _xml
@@ -26,6 +26,8 @@ from .._errors import CloneError, from_os_error
 from .._images import probe, qemu_img
 from .._images.probe import Image
 from .._images.qemu_img import Layer, QemuImg
+from .._import import intake
+from .._import.options import shown
 from .._pools import capabilities, remote
 from .._pools.devices import Device, DevicePool, DiskPool
 from .._pools.directory import DirectoryPool, kind_of
@@ -50,7 +52,7 @@ _BTRFS = 0x9123683E
 # runs start at once, for more than one.
 _MOMENT, _LONG_MOMENT = 1.0, 4.0
 # Facts that are the same for all clones of a source.
-_OF_THE_SOURCE = ("source_writers", "source_corrupt", "unshareable")
+_OF_THE_SOURCE = ("source_writers", "source_corrupt", "unshareable", "checked")
 
 
 @dataclass
@@ -69,6 +71,8 @@ class OpenImage:
     network: t.Optional[t.Mapping[str, t.Any]] = None
     #: its name in its pool, where it is none of this host's files or devices
     name: str = ""
+    #: whether it came from outside: made by this collection, and not written to by anybody any more
+    own: bool = False
 
     @property
     def layer(self) -> Layer:
@@ -77,6 +81,10 @@ class OpenImage:
     @property
     def lock_key(self) -> str:
         return self.lock or locks.key(os.stat(os.path.dirname(self.path) or "/"), os.path.basename(self.path))
+
+
+class Postponed(Exception):
+    """What the planner asks for takes long, and is not done before the target is locked: another run may be doing it."""
 
 
 class Scene:
@@ -113,9 +121,18 @@ class Scene:
         self._connection: Connection = first._connection if first else Connection(request.uri)
         self._pools: t.Dict[str, DirectoryPool] = first._pools if first else {}
         self._missing: t.Dict[str, str] = first._missing if first else {}
+        #: an image from outside, for as long as the task lasts, and why there is none
+        self._intake: t.Optional[intake.Intake] = None
+        self._refusal: t.Optional[CloneError] = None
+        self._asked = False
+        self.intake_warnings: t.List[str] = first.intake_warnings if first else []
+        #: version of a source that has the checksum that is stated
+        self._verified: t.Optional[t.Tuple[int, ...]] = None
 
     def close(self) -> None:
         self.close_files()
+        if self._intake is not None:
+            self._intake.close()
         if self._first is None:
             for pool in self._pools.values():
                 pool.close()
@@ -184,16 +201,16 @@ class Scene:
         request = self.request
         if isinstance(pool, DiskPool) and request.name is None:
             raise CloneError("INVALID_ARG", f"name: state it; the next partition of pool {pool.name!r} is {pool.next_name()!r}")
-        name = request.name or made_up_name(
-            request.source_name, target_format(request, source.image), source.image.format if source.image else None
-        )
+        # The same on each run, also before what comes from outside is seen.
+        seen = None if self._root._intake else source.image
+        name = request.name or made_up_name(request.source_name, target_format(request, seen), seen.format if seen else None)
         if pool is None:
             elsewhere = is_elsewhere(request.uri, request.pool)
             facts = PoolFacts(request.pool, "unknown", None, self._missing[request.pool], remote=elsewhere)
             return self._with_user(Facts(facts, source, TargetFacts(), name, self.check_mode))
         facts = PoolFacts(pool.name, pool.type, pool.path)
         if request.linked:
-            source = replace(source, unlinkable=self._unlinkable(pool))
+            source = replace(source, unlinkable=self._unlinkable(pool, source))
         if isinstance(pool, DevicePool):
             taken = t.cast(t.Set[str], self.told.get("names", set()))
             facts = replace(facts, granularity=pool.granularity, next_name=pool.next_name(taken))
@@ -206,7 +223,9 @@ class Scene:
             Facts(facts, source, self._target(pool, name, source), name, self.check_mode, default_label=label)
         )
 
-    def _unlinkable(self, pool: DirectoryPool) -> str:
+    def _unlinkable(self, pool: DirectoryPool, source: SourceFacts) -> str:
+        if source.pending == "decompressed":
+            return "it is compressed, and what is inside is there only while it is cloned"
         source_pool = self._pools.get(self.request.effective_source_pool) if self.request.source is not None else None
         if isinstance(pool, DevicePool):
             if self.request.source is not None and source_pool is None:
@@ -224,12 +243,19 @@ class Scene:
         request = self.request
         if request.blank:
             return SourceFacts("nothing", "")
+        if request.outside.url is not None:
+            url = shown(request.outside.url)
+            return self._from_outside(SourceFacts(f"source_url {url!r}", url, pending="fetched"), "")
         if request.source_path is not None:
             path = os.path.realpath(request.source_path)
-            facts = SourceFacts(f"source_path {request.source_path!r}", request.source_path, key=self._key_of(path))
+            what = (
+                f"source_path {request.source_path!r}" if request.source_url is None else f"source_url {request.source_url!r}"
+            )
+            facts = SourceFacts(what, request.source_path, key=self._key_of(path))
             if not self._missing and not self._inside(path):
                 facts = replace(facts, outside=os.path.dirname(path))
-            return self._open_source(facts, path, None)
+            facts = self._look_outside(facts, path)
+            return self._from_outside(facts, path) if facts.pending else self._open_source(facts, path, None)
         name, pool_name = t.cast(str, request.source), request.effective_source_pool
         facts = SourceFacts(f"volume {name!r} of pool {pool_name!r}", name, pool_name, name)
         pool = self._pools.get(pool_name)
@@ -247,6 +273,129 @@ class Scene:
             if os.path.lexists(path):
                 self._refuse_outside(path, f"{facts.what} is a symbolic link to {path!r}")
         return self._open_source(replace(facts, key=self._key_of(os.path.realpath(path))), path, pool)
+
+    # --- a source from outside ------------------------------------------------------------------------------------------
+
+    @property
+    def _root(self) -> Scene:
+        return self._first or self
+
+    def _look_outside(self, facts: SourceFacts, path: str) -> SourceFacts:
+        """Whether a file of this host has to be decompressed before it is a source, or has to have a checksum."""
+        options = self.request.outside
+        try:
+            fd, block = _open_image(path, facts.what)
+        except (FileNotFoundError, CloneError):
+            # Whoever opens it as a source says why.
+            return facts
+        try:
+            if intake.compression(options, fd, block, self.request.source_format, facts.what):
+                return replace(facts, pending="decompressed", identity=_identity(os.fstat(fd)))
+            return replace(facts, claimed=options.checksum is not None)
+        finally:
+            os.close(fd)
+
+    def _from_outside(self, facts: SourceFacts, path: str) -> SourceFacts:
+        """The source as it came in, by the same gate as any other; as it is when it has not."""
+        if self._intake is None:
+            return facts
+        fd = os.dup(self._intake.fd)
+        image = self._add_layer(self.layers, fd, facts.what, path, False, self.request.source_format)
+        self.layers[0].own = True
+        if image.backing is not None:
+            raise CloneError(
+                "UNSAFE_IMAGE",
+                f"{facts.what} has the backing store {image.backing[:200]!r}: an image from outside stands alone",
+            )
+        return replace(facts, image=image, pending="", cache=self._intake.cache)
+
+    def _bring(self, facts: Facts) -> Facts:
+        """The facts, with the source as it has come in; in a check run they may stay as they are.
+
+        :raises Postponed: before the target is locked
+        """
+        if not (self.check_mode or self.locked):
+            raise Postponed
+        root = self._root
+        if root._refusal is not None:
+            raise root._refusal
+        try:
+            if not root._asked:
+                root._asked = True
+                root._take_in(facts.source)
+            if root._intake is None:
+                return replace(facts, brought=False)
+            if root is not self:
+                root.told["source"] = root._source()
+        except CloneError as exc:
+            # The other clones of the task need not ask again.
+            root._refusal = exc
+            raise
+        except OSError as exc:
+            root._refusal = from_os_error(exc, f"reading {facts.source.what}")
+            raise root._refusal from exc
+        return self.gather()
+
+    def _take_in(self, source: SourceFacts) -> None:
+        request = self.request
+        # An image is not much longer than what is in it: as in space_needed().
+        limit = request.max_capacity + request.max_capacity // 8 + (4 << 20)
+        terms = intake.Terms(limit, self.deadline, self.rate, self.check_mode)
+        with ExitStack() as stack:
+            if isinstance(self.pool, (DevicePool, RemotePool)):
+                path = os.environ.get("TMPDIR") or "/var/tmp"
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                place = intake.Place(fd, f"{path!r} of this host (TMPDIR)", foreign=True)
+            else:
+                place = intake.Place(self.pool.fd, f"pool {self.pool.name!r}")
+            if request.outside.url is not None:
+                self._intake, self.intake_warnings[:] = intake.fetched(request.outside, place, terms, source.what)
+                return
+            fd, block, _version, watch = stack.enter_context(self._file_outside(source))
+            kind = intake.compression(request.outside, fd, block, request.source_format, source.what)
+            if not self.check_mode:
+                self._intake = intake.unpacked(t.cast(str, kind), fd, place, terms, source.what, watch)
+
+    def _checked(self, source: SourceFacts) -> bool:
+        """:raises CloneError: ``CHECKSUM_MISMATCH``"""
+        root = self._root
+        if root._verified != root.layers[0].version:
+            with root._file_outside(source) as (_fd, _block, version, _watch):
+                root._verified = version
+        if root._verified != root.layers[0].version:
+            raise CloneError("IN_USE", f"{source.what} was changed after it was looked at")
+        return True
+
+    @contextmanager
+    def _file_outside(self, source: SourceFacts) -> t.Iterator[t.Tuple[int, bool, t.Tuple[int, ...], t.Callable[[], None]]]:
+        """A file of this host, held, that has the checksum which is stated.
+
+        Gives its descriptor, whether it is a device, its version, and what to call while it is read.
+        """
+        path = t.cast(str, self.request.source_path)
+        fd, block = _open_image(os.path.realpath(path), source.what)
+
+        hold: t.Optional[guards.Hold] = None
+
+        def watch() -> None:
+            self.deadline.check(f"reading {source.what}")
+            if hold is not None:
+                hold.check()
+
+        with closing(os.fdopen(fd, "rb")), ExitStack() as stack:
+            version = guards.version(fd)
+            if not self.check_mode:
+                if self.request.source_in_use == "wait":
+                    self.deadline.wait_for(lambda: not guards.writers(fd), f"waiting for the writers of {source.what}")
+                    version = guards.version(fd)
+                hold = stack.enter_context(guards.Hold([(fd, source.what, version)]))
+            checksum = intake.resolved(self.request.outside, os.path.basename(path), self.deadline)
+            if checksum is not None:
+                checksum.expect(intake.hash_of(fd, checksum, watch), source.what)
+            yield fd, block, version, watch
+            if hold is not None:
+                hold.finish()
 
     def _source_device(self, facts: SourceFacts, pool: DevicePool) -> SourceFacts:
         volume = pool.volume(t.cast(str, facts.name))
@@ -309,6 +458,8 @@ class Scene:
         if source.remote:
             return t.cast(RemotePool, self.source_pool).writers_of(source.path)
         for image in self.layers:
+            if image.own:
+                continue
             pool = self._pools.get(self.request.effective_source_pool)
             on_network = image.network is not None and isinstance(pool, NetworkPool)
             who = t.cast(NetworkPool, pool).users(image.name) if on_network else guards.writers(image.fd)
@@ -726,6 +877,8 @@ class Scene:
 
     def answer(self, asked: Unanswered, facts: Facts) -> Facts:
         """The facts with the one that the planner asked for."""
+        if asked.question == "brought":
+            return self._bring(facts)
         answers: t.Dict[str, t.Callable[[], t.Any]] = {
             "source_writers": self.writers_now,
             "source_corrupt": lambda: self.source_corrupt() if self.check_mode else "",
@@ -735,6 +888,7 @@ class Scene:
             "content_equal": lambda: self._content_equal(t.cast(Image, facts.target.image)),
             "space_missing": lambda: self._space_missing(t.cast(Create, asked.draft)),
             "unshareable": self._unshareable,
+            "checked": lambda: self._checked(facts.source),
             "target_chain": lambda: self._target_chain(t.cast(Image, facts.target.image)),
             "not_growable": lambda: t.cast(DevicePool, self.pool).cannot_grow(t.cast(Device, self.target_device)),
             "room": lambda: t.cast(DevicePool, self.pool).room_for(t.cast(Device, self.target_device)),
@@ -896,9 +1050,13 @@ class Scene:
 
     def reserve(self, step: Create, name: str) -> None:
         """What this one takes is not there for the next clone of the same source."""
-        self.told.setdefault("names", set()).add(name)
+        self.name_taken(name)
         self.told["reserved"] = self.told.get("reserved", 0) + self._space_taken(step)
         self.told.setdefault("kinds", set()).add(planner.kind(step))
+
+    def name_taken(self, name: str) -> None:
+        """Another clone of the same task will have it."""
+        self.told.setdefault("names", set()).add(name)
 
     def _may_share(self) -> bool:
         return not isinstance(self.pool, RemotePool) and guards.file_system(self.pool.fd) not in _NEVER_SHARE

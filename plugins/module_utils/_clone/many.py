@@ -24,7 +24,7 @@ from .._pools.devices import DevicePool
 from .._pools.remote import RemotePool
 from .._transfer import guards, locks, staging
 from . import executor, planner, result
-from .facts import OpenImage, Scene
+from .facts import OpenImage, Postponed, Scene
 from .planner import Create, Facts, Plan
 from .request import Request
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked
@@ -50,6 +50,8 @@ class Job:
     error: t.Optional[CloneError] = None
     #: somebody else published the name while the volume was made
     taken: bool = False
+    #: it is judged once it is locked
+    postponed: bool = False
     duration: float = 0.0
 
     @property
@@ -97,7 +99,11 @@ def run(requests: t.Sequence[Request], check_mode: bool) -> t.Dict[str, t.Any]:
             job.scene.close_files()
         if not check_mode:
             # In use may mean: by another run, which is waited for under the lock.
-            todo = [job for job in jobs if (job.plan and job.plan.steps) or (job.error and job.error.code == "IN_USE")]
+            todo = [
+                job
+                for job in jobs
+                if job.postponed or (job.plan and job.plan.steps) or (job.error and job.error.code == "IN_USE")
+            ]
             _raise_limit()
             for start in range(0, len(todo), _BATCH):
                 _change(first, todo[start : start + _BATCH])
@@ -110,7 +116,13 @@ def run(requests: t.Sequence[Request], check_mode: bool) -> t.Dict[str, t.Any]:
 def _judge(job: Job) -> None:
     def judge() -> None:
         job.error = job.plan = None
-        job.facts, job.plan = executor.judge(job.scene, job.scene.gather())
+        job.facts = job.scene.gather()
+        try:
+            job.facts, job.plan = executor.judge(job.scene, job.facts)
+        except Postponed:
+            job.postponed = True
+            job.scene.name_taken(job.facts.name)
+            return
         if job.creates and not job.facts.pool.missing:
             job.scene.reserve(job.creates, job.facts.name)
 

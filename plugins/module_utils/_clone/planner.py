@@ -85,6 +85,12 @@ class SourceFacts:
     fixed: bool = False
     #: whether it is a volume of a pool on another host
     remote: bool = False
+    #: what has to be done before it can be looked at, as a participle (``fetched``); empty where it lies open
+    pending: str = ""
+    #: whether the task states a checksum that it has to have
+    claimed: bool = False
+    #: whether a cache had it, ``hit`` or ``miss``; None where nothing was looked for in one
+    cache: t.Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,10 @@ class Facts:
     #: whether the backing store that the XML states is the source
     backing_is_source: bool = True
     # Asked for when needed:
+    #: whether what is pending of the source was done, and the facts have it; a check run leaves it
+    brought: t.Optional[bool] = None
+    #: that the source has the checksum that the task states
+    checked: t.Optional[bool] = None
     #: who has the source open for writing; empty for nobody
     source_writers: t.Optional[str] = None
     #: why ``qemu-img check`` finds a source unsound; empty when it is sound, or when that is looked at beside the work
@@ -448,6 +458,9 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
     source = facts.source.image
     if request.blank:
         pass
+    elif source is None and facts.source.pending:
+        if request.compare == "content":
+            warnings.append(f"{_unseen(facts)}: whether {_what(facts)} has its data is not told")
     elif source is None:
         warnings.append(f"{facts.source.gone}; {_what(facts)} exists and is judged on what the task states")
     elif wanted is None and image.capacity < source.capacity:
@@ -590,7 +603,10 @@ def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
     if wanted is not None and image.capacity > wanted and not _rounded_by_geometry(image, wanted):
         found.append(f"its capacity is {format_bytes(image.capacity)}, asked for is {format_bytes(wanted)}")
     if request.compare == "content" and not found:
-        if facts.source.image is None:
+        if facts.source.image is None and facts.source.pending:
+            if not _known(facts, "brought"):
+                return found
+        elif facts.source.image is None:
             raise CloneError("NO_STORAGE_VOL", f"compare=content: {facts.source.gone}")
         _refuse_target_chain(facts, image)
         if not _known(facts, "content_equal"):
@@ -698,10 +714,18 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
     if request.blank:
         return _blank(request, facts, replaces)
     source = facts.source.image
+    if source is None and facts.source.pending and not facts.pool.missing:
+        # All that is wrong whatever the source holds, before somebody waits for it.
+        predicted = _predicted(request, facts, replaces)
+        denied = _known(facts, "denied", t.cast(Create, predicted.steps[0]))
+        if denied:
+            raise CloneError("OPERATION_DENIED", denied)
+        if not _known(facts, "brought"):
+            return predicted
     if facts.pool.missing or source is None:
         if not facts.check_mode or replaces:
             raise CloneError("NO_STORAGE_VOL", facts.source.gone)
-        return _predicted(request, facts)
+        return _predicted(request, facts, replaces)
     writers = _known(facts, "source_writers")
     if writers and request.source_in_use == "fail":
         raise CloneError("IN_USE", f"{facts.source.what} is open for writing by {writers}")
@@ -735,6 +759,8 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
         None if route in ("link", "libvirt") else _unshared(request, facts, source, image_format, route),
         _backing(request, facts),
     )
+    if facts.source.claimed and not writers:
+        _known(facts, "checked")
     corrupt = "" if writers else _known(facts, "source_corrupt")
     if corrupt:
         raise CloneError("CORRUPT_IMAGE", corrupt)
@@ -823,9 +849,8 @@ def _backing(request: Request, facts: Facts) -> t.Optional[Backing]:
     return Backing(source.key, source.image.format, len(source.below) + 1)
 
 
-def _predicted(request: Request, facts: Facts) -> Plan:
-    """A check run in which an earlier task would have made the pool or the source."""
-    why = facts.pool.missing or facts.source.gone
+def _predicted(request: Request, facts: Facts, replaces: bool) -> Plan:
+    """A check run that does not see the source, or in which an earlier task would have made it or the pool."""
     owner = _new_ownership(request, facts)
     image_format = target_format(request, facts.source.image)
     capacity = request.capacity
@@ -834,9 +859,19 @@ def _predicted(request: Request, facts: Facts) -> Plan:
     if image_format is not None:
         _refuse_options(request, image_format)
         capacity = None if capacity is None else _rounded(facts, image_format, capacity)
-    step = Create("copy", image_format or "raw", capacity or 0, owner)
+    step = Create("copy", image_format or "raw", capacity or 0, owner, replaces=replaces)
     after = State(image_format, capacity, owner.uid, owner.gid, owner.mode, owner.label, _backing(request, facts))
-    return Plan(None, after, (step,), (_presumed(why),))
+    before = _state(facts.target, facts.target.image) if facts.target.image else None
+    warnings = []
+    if facts.pool.missing or not facts.source.pending:
+        warnings.append(_presumed(facts.pool.missing or facts.source.gone))
+    elif image_format is None or capacity is None:
+        warnings.append(f"{_unseen(facts)}: what of its format and capacity is not stated is not told")
+    return Plan(before, after, (step,), tuple(warnings))
+
+
+def _unseen(facts: Facts) -> str:
+    return f"{facts.source.what} is not {facts.source.pending} in a check run"
 
 
 def _presumed(why: str) -> str:

@@ -17,6 +17,8 @@ from .. import _units, _xml
 from .._deadline import stated_seconds
 from .._errors import CloneError
 from .._images.probe import FORMATS, Qcow2Features
+from .._import import options
+from .._import.options import Options, name_of
 from .._names import check_name, check_path, check_pool
 from .._permissions import Mode, group_id, user_id
 from .._uri import is_elsewhere
@@ -38,6 +40,10 @@ class Request:
     name: t.Optional[str] = None
     source: t.Optional[str] = None
     source_path: t.Optional[str] = None
+    #: as stated; that of a file of this host is a ``source_path`` too
+    source_url: t.Optional[str] = None
+    #: how a source that comes from outside is fetched, checked and unpacked
+    outside: Options = field(default_factory=Options)
     source_pool: t.Optional[str] = None
     source_format: t.Optional[str] = None
     format: t.Optional[str] = None
@@ -73,7 +79,7 @@ class Request:
     @property
     def blank(self) -> bool:
         """Whether the volume is made from nothing."""
-        return self.source is None and self.source_path is None
+        return self.source is None and self.source_path is None and self.source_url is None
 
     @property
     def linked(self) -> bool:
@@ -86,6 +92,8 @@ class Request:
     @property
     def source_name(self) -> str:
         """The last component of the source: what a made-up name is made from."""
+        if self.outside.url is not None:
+            return name_of(self.outside.url)
         return self.source if self.source is not None else os.path.basename(self.source_path or "")
 
 
@@ -110,6 +118,9 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
     for parameter in ("pool", "source_pool"):
         if params.get(parameter) is not None:
             check_pool(params[parameter], parameter)
+    outside, path_in_url = options.from_parameters(params)
+    if outside.url is not None:
+        _check_outside(params, outside.url, name)
     image_format = _check_format(stated("format", xml.format), "format")
     capacity = params.get("capacity")
     return Request(
@@ -117,7 +128,9 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         uri=params.get("uri") or "qemu:///system",
         name=name,
         source=params.get("source"),
-        source_path=params.get("source_path"),
+        source_path=path_in_url or params.get("source_path"),
+        source_url=params.get("source_url"),
+        outside=outside,
         source_pool=params.get("source_pool"),
         source_format=_check_format(params.get("source_format"), "source_format"),
         format=image_format,
@@ -146,6 +159,20 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         bwlimit=_bwlimit(params.get("bwlimit")),
         verify=bool(params.get("verify")),
     )
+
+
+def _check_outside(params: t.Mapping[str, t.Any], url: str, name: t.Optional[str]) -> None:
+    """What does not go with a source that is there only while it is cloned."""
+    if params.get("clone_type") == "linked":
+        raise CloneError(
+            "INVALID_ARG",
+            "clone_type=linked has no meaning for a source_url: a linked clone reads from its source for as long as it lives;"
+            " clone the image into a pool, and link to that",
+        )
+    if params.get("method") == "libvirt":
+        raise CloneError("INVALID_ARG", "method=libvirt has no meaning for a source_url: libvirt clones volumes of its pools")
+    if name is None and not name_of(url):
+        raise CloneError("INVALID_ARG", "name: state it; the path of source_url ends in no name to make one from")
 
 
 def many_from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> t.List[Request]:

@@ -87,7 +87,7 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
         "volume": volume,
         **({} if scene.request.blank else {"source": _source(facts.source)}),
         "diff": diff,
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *scene.intake_warnings],
     }
 
 
@@ -138,6 +138,7 @@ def _source(source: SourceFacts) -> t.Dict[str, t.Any]:
         "path": source.path,
         "format": source.image.format if source.image else None,
         "capacity": source.image.capacity if source.image else None,
+        "cache": source.cache,
     }
 
 

@@ -30,7 +30,7 @@ class Transfer:
 
 def held(scene: Scene) -> t.List[t.Tuple[int, str, t.Tuple[int, ...]]]:
     """The layers of the source that this host can hold still, for :class:`guards.Hold`."""
-    return [(image.fd, image.what, image.version) for image in scene.layers if image.network is None]
+    return [(image.fd, image.what, image.version) for image in scene.layers if image.network is None and not image.own]
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def copy(source: int, target: int, size: int, watch: t.Callable[[], None], rate:
     os.ftruncate(target, size)
     cache = Cache(source, target)
     for at, data in nonzero_data(source, 0, size, watch, block_size(target), rate, cache.reach):
-        _write_all(target, data, at)
+        write_all(target, data, at)
     cache.leave()
     cache.settle()
 
@@ -166,7 +166,7 @@ def nonzero_runs(buffer: bytearray, size: int, position: int, block: int = _BLOC
         yield begin, size - begin
 
 
-def _write_all(fd: int, data: memoryview, position: int) -> None:
+def write_all(fd: int, data: memoryview, position: int) -> None:
     while len(data):
         written = os.pwrite(fd, data, position)
         if not 0 < written <= len(data):
@@ -198,7 +198,7 @@ def write_zeros(fd: int, begin: int, end: int, watch: t.Callable[[], None]) -> N
     """Write zeros, rather than have the file system make holes or mark blocks as unwritten."""
     for at in range(begin, end, _CHUNK):
         watch()
-        _write_all(fd, memoryview(_ZEROS)[: min(_CHUNK, end - at)], at)
+        write_all(fd, memoryview(_ZEROS)[: min(_CHUNK, end - at)], at)
 
 
 def _holes(fd: int, start: int, end: int) -> t.Iterator[t.Tuple[int, int]]:
