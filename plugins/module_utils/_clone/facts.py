@@ -396,12 +396,6 @@ class Scene:
             if described is None:
                 raise
             return described
-        if pool is not None:
-            try:
-                self._refuse_hard_link(fd, facts.what)
-            except BaseException:
-                os.close(fd)
-                raise
         image = self._add_layer(self.layers, fd, facts.what, path, block, self.request.source_format)
         try:
             self._open_chain(self.layers)
@@ -474,7 +468,6 @@ class Scene:
             except FileNotFoundError as exc:
                 raise FileNotFoundError(f"{what} does not exist") from exc
             try:
-                self._refuse_hard_link(fd, what)
                 if _identity(os.fstat(fd)) in seen:
                     raise refusal("chain_loop", f"{what} is part of a loop: it stands above itself")
                 recorded = above.image.backing_format
@@ -548,11 +541,21 @@ class Scene:
             raise FileNotFoundError(path)
         if isinstance(pool, DevicePool):
             return _open_image(path, what)
-        return _open_image(os.path.basename(path), what, pool.fd)
+        name = os.path.basename(path)
+        status = pool.lstat(name)
+        if status is not None:
+            self._refuse_hard_link(status, what)
+        fd, block = _open_image(name, what, pool.fd)
+        try:
+            # The name may have come to mean another file since lstat.
+            self._refuse_hard_link(os.fstat(fd), what)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, block
 
-    def _refuse_hard_link(self, fd: int, what: str) -> None:
+    def _refuse_hard_link(self, status: os.stat_result, what: str) -> None:
         """Refuse a file that has more names than the pools have of it: who put it there may have had it from anywhere."""
-        status = os.fstat(fd)
         if self._linked_elsewhere(status):
             advice = f"name its directory as source_pool{'' if self.request.source is None else ', or the file as source_path'}"
             raise refusal(
