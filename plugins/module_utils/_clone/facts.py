@@ -541,18 +541,7 @@ class Scene:
             raise FileNotFoundError(path)
         if isinstance(pool, DevicePool):
             return _open_image(path, what)
-        name = os.path.basename(path)
-        status = pool.lstat(name)
-        if status is not None:
-            self._refuse_hard_link(status, what)
-        fd, block = _open_image(name, what, pool.fd)
-        try:
-            # The name may have come to mean another file since lstat.
-            self._refuse_hard_link(os.fstat(fd), what)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd, block
+        return _open_image(os.path.basename(path), what, pool.fd, lambda status: self._refuse_hard_link(status, what))
 
     def _refuse_hard_link(self, status: os.stat_result, what: str) -> None:
         """Refuse a file that has more names than the pools have of it: who put it there may have had it from anywhere."""
@@ -1004,28 +993,30 @@ def _close_all(opened: t.List[OpenImage]) -> None:
         os.close(opened.pop().fd)
 
 
-def _open_image(path: str, what: str, directory: t.Optional[int] = None) -> t.Tuple[int, bool]:
+def _open_image(
+    path: str, what: str, directory: t.Optional[int] = None, judge: t.Callable[[os.stat_result], None] = lambda status: None
+) -> t.Tuple[int, bool]:
     """Open a file or block device for reading: descriptor, and whether it is a block device.
 
     :param directory: descriptor of the one that ``path`` is a name in
-
+    :param judge: raises for a file that may not be opened
     :raises FileNotFoundError: for nothing there
     """
     try:
-        # Links were resolved before. By now the path could be one, or a named pipe, and opening that waits for ever.
-        status = os.stat(path, dir_fd=directory, follow_symlinks=directory is None)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-            raise CloneError("INVALID_ARG", f"{what} is {kind_of(status)}, not a file or block device")
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        # Taken hold of, but not opened, before it is known what it is: by now the path could be a link or a named pipe.
+        handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            status = os.fstat(handle)
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+                raise CloneError("INVALID_ARG", f"{what} is {kind_of(status)}, not a file or block device")
+            judge(status)
+            return os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), stat.S_ISBLK(status.st_mode)
+        finally:
+            os.close(handle)
     except OSError as exc:
         if exc.errno in (errno.ENOENT, errno.ENOTDIR):
             raise FileNotFoundError from exc
         raise from_os_error(exc, f"opening {what}") from exc
-    opened = os.fstat(fd)
-    if not (stat.S_ISREG(opened.st_mode) or stat.S_ISBLK(opened.st_mode)):
-        os.close(fd)
-        raise CloneError("INVALID_ARG", f"{what} is {kind_of(opened)}, not a file or block device")
-    return fd, stat.S_ISBLK(opened.st_mode)
 
 
 def _path_of(fd: int) -> str:
