@@ -131,9 +131,10 @@ def hostile(place, outside, canary):
         shop.convert(content, image_format, f"base.{image_format}", *options)
     shop.convert(content, "vmdk", "stream.vmdk", "-o", "subformat=streamOptimized")
     shop.convert(content, "vpc", "fixed.vpc", "-o", "subformat=fixed,force_size=on")
-    for build in (_backing, _chains, _links, _data_files, _vmdk, _parents, _two_formats, _features, _limits, _marks, _qcow2, _others,
-                  _torn, _checked):  # fmt: skip
+    for build in (_backing, _chains, _links, _data_files, _vmdk, _parents, _two_formats, _features, _limits, _marks):
         build(shop, outside, canary)
+    for build in (_qcow2, _others, _torn, _checked):
+        build(shop)
     return shop.hostile
 
 
@@ -160,7 +161,8 @@ def _backing(shop, outside, canary):
     protocols = (
         "nbd:127.0.0.1:10809", "nbd+unix:///?socket=/run/x", "nbd://127.0.0.1/x", "http://127.0.0.1/x", "https://127.0.0.1/x",
         "ssh://127.0.0.1/x", "rbd:pool/x", "iscsi://127.0.0.1/iqn.x/1", "file:base.qcow2", f"file:{canary}", "fat:rw:/etc",
-        f'json:{{"driver":"file","filename":"{canary}"}}', "vvfat:/etc", "blkdebug::base.qcow2", "ftp://127.0.0.1/x", "nfs://h/x",
+        f'json:{{"driver":"file","filename":"{canary}"}}', "vvfat:/etc", "blkdebug::base.qcow2", "ftp://127.0.0.1/x",
+        "nfs://h/x",
     )  # fmt: skip
     base = shop.qemu("qcow2", "long-name.qcow2", "-u", "-b", "n" * 200, "-F", "raw")
     at, length = shop.at(base, 8, ">Q"), struct.pack
@@ -238,9 +240,7 @@ def _data_files(shop, outside, canary):
     name = b'json:{"driver":"nbd","host":"127.0.0.1"}'
     extension = struct.pack(">II", 0x44415441, len(name)) + name.ljust(-(-len(name) // 8) * 8, b"\0") + bytes(8)
     length = shop.at("base.qcow2", 100, ">I")
-    _add(
-        shop, "data_file", shop.patch("base.qcow2", "data-file-protocol", (72, struct.pack(">Q", 4)), (length, extension))
-    )
+    _add(shop, "data_file", shop.patch("base.qcow2", "data-file-protocol", (72, struct.pack(">Q", 4)), (length, extension)))
 
 
 def _vmdk(shop, outside, canary):
@@ -421,7 +421,7 @@ def _marks(shop, outside, canary):
         _add(shop, "encrypted", above)
 
 
-def _qcow2(shop, outside, canary):
+def _qcow2(shop):
     def each(check, *fields):
         for number, (at, layout, value) in enumerate(fields):
             name = f"{check}{number}-at{at}.qcow2"
@@ -449,7 +449,7 @@ def _qcow2(shop, outside, canary):
     _add(shop, "out_of_file", shop.patch("base.qcow2", "extension.qcow2", (length, struct.pack(">II", 0xE2792ACA, 1 << 30))))
 
 
-def _others(shop, outside, canary):
+def _others(shop):
     def each(image_format, *fields):
         for number, (check, at, layout, value) in enumerate(fields):
             name = f"{check}{number}-at{at}.{image_format}"
@@ -458,8 +458,10 @@ def _others(shop, outside, canary):
     each(
         "qed",
         ("header", 4, "<I", 0), ("header", 4, "<I", 3000), ("header", 4, "<I", 1 << 27), ("header", 8, "<I", 0),
-        ("header", 8, "<I", 3), ("header", 8, "<I", 32), ("header", 12, "<I", 0), ("header", 40, "<Q", 1), ("header", 40, "<Q", 0),
-        ("out_of_file", 40, "<Q", 1 << 50), ("capacity", 48, "<Q", 1 << 63), ("capacity", 48, "<Q", 1000), ("header", 16, "<Q", 1),
+        ("header", 8, "<I", 3), ("header", 8, "<I", 32), ("header", 12, "<I", 0), ("header", 40, "<Q", 1), ("header", 40, "<Q",
+        0),
+        ("out_of_file", 40, "<Q", 1 << 50), ("capacity", 48, "<Q", 1 << 63), ("capacity", 48, "<Q", 1000), ("header", 16, "<Q",
+        1),
     )  # fmt: skip
     each(
         "qcow",
@@ -470,7 +472,8 @@ def _others(shop, outside, canary):
     each(
         "vdi",
         ("header", 360, "<I", 4096), ("header", 376, "<I", 4096), ("header", 380, "<I", 1), ("header", 340, "<I", 513),
-        ("header", 340, "<I", 0), ("header", 388, "<I", 1000), ("capacity", 384, "<I", 1 << 30), ("capacity", 368, "<Q", 1 << 50),
+        ("header", 340, "<I", 0), ("header", 388, "<I", 1000), ("capacity", 384, "<I", 1 << 30), ("capacity", 368, "<Q",
+        1 << 50),
         ("out_of_file", 340, "<I", 0xFFFFFE00), ("out_of_file", 344, "<I", 0xFFFFFE00), ("out_of_file", 384, "<I", 1 << 28),
     )  # fmt: skip
     each(
@@ -480,6 +483,10 @@ def _others(shop, outside, canary):
         ("out_of_file", 56, "<Q", 1 << 40), ("out_of_file", 48, "<Q", 1 << 40), ("out_of_file", 64, "<Q", 1 << 40),
         ("out_of_file", 12, "<Q", 1 << 40), ("extent", 28, "<Q", 0), ("extent", 28, "<Q", 1 << 62),
     )  # fmt: skip
+    streamed(shop, "stream.vmdk", "at-end.vmdk")
+    _add(shop, "header", shop.patch("at-end.vmdk", "not-at-end.vmdk", (-1024, b"KDMX")))
+    _add(shop, "out_of_file", shop.patch("at-end.vmdk", "directory-at-end.vmdk", (-1024 + 56, struct.pack("<Q", 1 << 40))))
+    _add(shop, "unreadable", shop.patch("at-end.vmdk", "no-end.vmdk", (-512, b"\1")))
     _vhd(shop)
     _vhdx(shop)
 
@@ -487,7 +494,7 @@ def _others(shop, outside, canary):
 def _vhd(shop):
     base = shop.bytes_of("base.vpc")
 
-    def footer(number, check, at, data, both=True):
+    def footer(number, check, at, data):
         changed = bytearray(base[:512])
         changed[at : at + len(data)] = data
         changed[64:68] = vhd_sum(changed, 64)
@@ -542,7 +549,9 @@ def _vhdx(shop):
     _add(shop, "header", shop.patch("base.vhdx", "no-regions.vhdx", *((at, bytes(4096)) for at in REGIONS)))
     _add(shop, "header", shop.patch("base.vhdx", "no-metadata.vhdx", (place, bytes(8))))
     missing = data.index(VIRTUAL_SIZE)
-    _add(shop, "header", shop.patch("base.vhdx", "no-size.vhdx", (place + missing, bytes(16)), (place + missing + 24, bytes(4))))
+    _add(
+        shop, "header", shop.patch("base.vhdx", "no-size.vhdx", (place + missing, bytes(16)), (place + missing + 24, bytes(4)))
+    )
     _add(shop, "out_of_file", shop.patch("base.vhdx", "item-far.vhdx", (place + missing + 16, struct.pack("<I", 1 << 31))))
 
     def far(region):
@@ -565,7 +574,7 @@ def _vhdx(shop):
     _add(shop, "unreadable", shop.patch("base.vhdx", "region-sum.vhdx", *((at + 4, bytes(4)) for at in REGIONS)))
 
 
-def _torn(shop, outside, canary):
+def _torn(shop):
     """Cut off within their tables, or before their data."""
     for image_format, sizes in {
         "qcow2": (8 << 10, 64 << 10, 192 << 10),
@@ -583,7 +592,7 @@ def _torn(shop, outside, canary):
         _add(shop, "header", shop.patch("base.qcow2", f"torn{size}.qcow2", size=size))
 
 
-def _checked(shop, outside, canary):
+def _checked(shop):
     """Sound headers over tables that are not."""
     l1 = shop.at("base.qcow2", 40, ">Q")
     l2 = shop.at("base.qcow2", l1, ">Q") & 0x00FFFFFFFFFFFE00
@@ -605,6 +614,14 @@ def _checked(shop, outside, canary):
     _add(shop, "qemu_check", shop.patch("base.vdi", "tables.vdi", (bitmap, struct.pack("<I", 5))))
     l1 = shop.at("base.qed", 40, "<Q")
     _add(shop, "qemu_check", shop.patch("base.qed", "tables.qed", (l1, struct.pack("<Q", 1 << 50))))
+
+
+def streamed(shop, base, name):
+    """A stream as VMware writes one: only a second header, near its end, says where its tables are (block/vmdk.c of QEMU)."""
+    head = shop.bytes_of(base)[:512]
+    length = -(-(shop.place / base).stat().st_size // 512) * 512
+    footer = struct.pack("<QII", 1, 0, 3).ljust(512, b"\0") + head + bytes(512)
+    return shop.patch(base, name, (56, b"\xff" * 8), size=length, append=footer)
 
 
 # --- honest ---------------------------------------------------------------------------------------------------------------
@@ -736,6 +753,7 @@ def _honest_others(shop):
                 _keep(shop, image_format, name, content, **params)
 
     make("vmdk", "", "adapter_type=lsilogic", "compat6=on", "subformat=streamOptimized", "zeroed_grain=on")
+    _keep(shop, "vmdk", streamed(shop, "even3.vmdk", "at-end.vmdk"), "even")
     make("vdi", "", "static=on")
     make("vpc", "")
     make("vpc", "subformat=fixed", suffix="-fixed", source_format="vpc")

@@ -147,7 +147,11 @@ def test_only_a_command_that_names_a_volume_on_the_network_may_connect(program, 
         listener.accept()
         qemu.run(qemu_img.fill(Layer(fd, "raw").node, [], rbd, False, None), {fd: "it"}, "writing")
         listener.accept()
-        for arguments in (qemu_img.info(Layer(fd, "vdi")), qemu_img.check(Layer(fd, "qcow2")), qemu_img.resize([Layer(fd, "qcow2")], MIB, "off")):
+        for arguments in (
+            qemu_img.info(Layer(fd, "vdi")),
+            qemu_img.check(Layer(fd, "qcow2")),
+            qemu_img.resize([Layer(fd, "qcow2")], MIB, "off"),
+        ):
             with pytest.raises(CloneError, match="unreachable"):
                 qemu.run(arguments, {fd: "it"}, "reading")
     finally:
@@ -182,10 +186,14 @@ def test_what_takes_too_long_or_too_much_is_refused(program, monkeypatch, text):
 
 
 def test_its_messages_are_in_the_error_by_the_names_of_a_person(program):
-    qemu = program(f"#!{PYTHON}\nimport sys\nsys.exit('qemu-img: Could not open ' + repr(sys.argv[-1]) + ': Image is not in vdi format')\n")
+    qemu = program(
+        f"#!{PYTHON}\nimport sys\nsys.exit('qemu-img: Could not open ' + repr(sys.argv[-1]) + ': Image is not in vdi format')\n"
+    )
     fd = os.memfd_create("image")
     try:
-        with pytest.raises(CloneError, match="reading volume 'web' failed: Could not open volume 'web': Image is not in vdi format"):
+        with pytest.raises(
+            CloneError, match="reading volume 'web' failed: Could not open volume 'web': Image is not in vdi format"
+        ):
             qemu.run(qemu_img.info(Layer(fd, "vdi")), {fd: "volume 'web'"}, "reading volume 'web'", quick=True)
     finally:
         os.close(fd)

@@ -104,14 +104,16 @@ def test_each_honest_image_is_cloned(honest, pool):
 def hostile_names(canary):
     up = f"../{canary.parent.name}/{canary.name}"
     return (
-        "..", ".", "", "/", str(canary), up, f"./{up}", f"x/{up}", f"x\0{canary}", f"{canary}\n", "a/b", "\\..\\x/", "a\x1b[2Jb",
+        "..", ".", "", "/", str(canary), up, f"./{up}", f"x/{up}", f"x\0{canary}", f"{canary}\n", "a/b", "\\..\\x/",
+        "a\x1b[2Jb",
         "n" * 256, "\u00e9" * 128, "/dev/null", "/proc/self/fd/0", "//", "../", "nbd:x/y", "json:{/}", "\u2028", "x\u0085/",
     )  # fmt: skip
 
 
 #: one component each, so they are names like any other
 ODD_NAMES = (
-    "nbd:127.0.0.1:10809", 'json:{"driver":"nbd"}', "-f", "--help", "a,b", "a b", "%s", "$(id)", "`id`", ";id", "|id", "..x", "~", "*",
+    "nbd:127.0.0.1:10809", 'json:{"driver":"nbd"}', "-f", "--help", "a,b", "a b", "%s", "$(id)", "`id`", ";id", "|id", "..x",
+    "~", "*",
     "file:x", "\u202ex", "'", '"', "\\", "#", "http:x", "fat:rw:x",
 )  # fmt: skip
 
@@ -218,7 +220,11 @@ def test_a_source_that_is_swapped_for_a_link_all_the_time(pool, raw, outside):
 
     def turn():
         while not stop.is_set():
-            for make in (lambda path: os.symlink(canary, path), lambda path: os.link(canary, path), lambda path: os.link(raw, path)):
+            for make in (
+                lambda path: os.symlink(canary, path),
+                lambda path: os.link(canary, path),
+                lambda path: os.link(raw, path),
+            ):
                 make(pool / "next")
                 os.rename(pool / "next", pool / "turning")
                 # Renaming one link of a file over another does nothing (rename(2)).

@@ -100,7 +100,10 @@ def templates():
     made = {}
     with tempfile.TemporaryDirectory() as place:
         kinds = [
-            *(("qcow2", options) for options in ("", "compat=0.10", "extended_l2=on", "compression_type=zstd", "cluster_size=512")),
+            *(
+                ("qcow2", options)
+                for options in ("", "compat=0.10", "extended_l2=on", "compression_type=zstd", "cluster_size=512")
+            ),
             *(("vmdk", options) for options in ("", "subformat=streamOptimized", "subformat=monolithicFlat")),
             *((name, "") for name in ("vdi", "qed", "qcow")),
             *(("vpc", options) for options in ("", "subformat=fixed")),
@@ -138,7 +141,8 @@ def blocks_of(data):
 
 
 NUMBERS = st.one_of(
-    st.sampled_from([*range(9), 255, 256, 512, 4096, 65535, 65536, 1 << 20, 1 << 30, 1 << 31, 1 << 32, 1 << 62, 1 << 63, (1 << 64) - 1]),
+    st.sampled_from([*range(9), 255, 256, 512, 4096, 65535, 65536, 1 << 20, 1 << 30, 1 << 31, 1 << 32, 1 << 62, 1 << 63,
+    (1 << 64) - 1]),
     st.integers(0, 64).map(lambda bits: max((1 << bits) - 1, 0)),
     st.integers(0, (1 << 64) - 1),
 )  # fmt: skip
@@ -149,10 +153,14 @@ PIECES = st.one_of(
     st.binary(min_size=1, max_size=64),
     st.sampled_from(
         [
-            *(b"QFI\xfb\0\0\0\3", b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\1", b"QED\0", b"KDMV", b"COWD", b"# Disk DescriptorFile", b"vhdxfile"),
-            *(b"conectix", b"\x7f\x10\xda\xbe", b"cxsparse", b"head", b"regi", b"metadata", b"LUKS\xba\xbe\0\1", b"CD001", b"\x55\xaa"),
-            *(b"EFI PART", b'createType="monolithicFlat"\n', b'RW 1 FLAT "/x" 0\n', b'parentFileNameHint="x"\n', b"parentCID=1\n"),
-            *(b"\0" * 16, b"\xe2\x79\x2a\xca\0\0\0\3raw\0\0\0\0\0", b"\x44\x41\x54\x41\0\0\0\4data\0\0\0\0", b"\x23\x85\x28\x75\0\0\0\x18"),
+            *(b"QFI\xfb\0\0\0\3", b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\1", b"QED\0", b"KDMV", b"COWD", b"# Disk DescriptorFile",
+            b"vhdxfile"),
+            *(b"conectix", b"\x7f\x10\xda\xbe", b"cxsparse", b"head", b"regi", b"metadata", b"LUKS\xba\xbe\0\1", b"CD001",
+            b"\x55\xaa"),
+            *(b"EFI PART", b'createType="monolithicFlat"\n', b'RW 1 FLAT "/x" 0\n', b'parentFileNameHint="x"\n',
+            b"parentCID=1\n"),
+            *(b"\0" * 16, b"\xe2\x79\x2a\xca\0\0\0\3raw\0\0\0\0\0", b"\x44\x41\x54\x41\0\0\0\4data\0\0\0\0",
+            b"\x23\x85\x28\x75\0\0\0\x18"),
         ]
     ),
 )  # fmt: skip
@@ -194,7 +202,7 @@ class Headers:
 
     def more(self, example, rng):
         """Others of the same ingredients: patches that were drawn so far, on any image."""
-        name, patches, length, _repaired, pinned = example
+        _name, patches, length, _repaired, pinned = example
         self.patches += patches
         if self.patches:
             drawn = [rng.choice(self.patches) for _number in range(rng.choice((1, 1, 1, 2, 3, 5)))]
@@ -202,7 +210,13 @@ class Headers:
             keep = rng.random() < 0.1
             one = rng.choice(self.names)
             at = one.split()[0] if rng.random() < 0.2 and one.split()[0] in FORMATS else None
-            yield one, [*(patches if keep else ()), *drawn], length if keep else None, rng.random() < 0.8, pinned if keep else at
+            yield (
+                one,
+                [*(patches if keep else ()), *drawn],
+                length if keep else None,
+                rng.random() < 0.8,
+                pinned if keep else at,
+            )
 
     def run(self, example):
         name, patches, length, repaired, pinned = example
@@ -259,32 +273,37 @@ class Headers:
 #: what a task may say, in the words of libvirt
 MODELS = (
     """<volume type='file'><name>web</name><key>/x</key><capacity unit='G'>4</capacity><allocation>0</allocation>
-    <physical unit='bytes'>1</physical><source></source><target><path>/x</path><format type='qcow2'/><permissions><mode>0644</mode>
-    <owner>0</owner><group>-1</group><label>x</label></permissions><timestamps><atime>1.0</atime></timestamps><compat>1.1</compat>
-    <clusterSize unit='KiB'>64</clusterSize><nocow/><features><lazy_refcounts/><extended_l2/></features><encryption format='luks'>
-    <secret type='passphrase' uuid='x'/></encryption></target><backingStore><path>/base</path><format type='raw'/><permissions>
-    <mode>0600</mode></permissions></backingStore></volume>""",
+    <physical unit='bytes'>1</physical><source></source><target><path>/x</path><format type='qcow2'/><permissions>
+    <mode>0644</mode><owner>0</owner><group>-1</group><label>x</label></permissions><timestamps><atime>1.0</atime></timestamps>
+    <compat>1.1</compat><clusterSize unit='KiB'>64</clusterSize><nocow/><features><lazy_refcounts/><extended_l2/></features>
+    <encryption format='luks'><secret type='passphrase' uuid='x'/></encryption></target><backingStore><path>/base</path>
+    <format type='raw'/><permissions><mode>0600</mode></permissions></backingStore></volume>""",
     "<volume><name>web</name><capacity>1</capacity></volume>",
-    """<pool type='netfs'><name>a</name><uuid>c1d4f5b2-0000-4000-8000-000000000000</uuid><capacity unit='bytes'>1</capacity><source>
-    <host name='nas' port='2049'/><dir path='/x'/><format type='nfs'/></source><target><path>/srv/a</path><permissions><mode>0711</mode>
-    <owner>1</owner><group>1</group></permissions></target></pool>""",
-    """<pool type='rbd'><name>b</name><source><host name='h' port='6789'/><host name='i'/><name>rbd</name><auth type='ceph' username='u'>
-    <secret uuid='c1d4f5b2-0000-4000-8000-000000000000'/></auth></source></pool>""",
-    """<pool type='iscsi-direct'><name>c</name><source><host name='h'/><device path='iqn.x'/><initiator><iqn name='iqn.y'/></initiator>
-    <auth type='chap' username='u'><secret usage='x'/></auth></source></pool>""",
-    """<pool type='logical'><name>vg</name><source><device path='/dev/sda'/><device path='/dev/sdb'/><name>vg</name><format type='lvm2'/>
-    </source><target><path>/dev/vg</path></target></pool>""",
-    "<pool type='scsi'><name>d</name><source><adapter type='scsi_host' name='host1'/></source><target><path>/dev</path></target></pool>",
+    """<pool type='netfs'><name>a</name><uuid>c1d4f5b2-0000-4000-8000-000000000000</uuid><capacity unit='bytes'>1</capacity>
+    <source><host name='nas' port='2049'/><dir path='/x'/><format type='nfs'/></source><target><path>/srv/a</path><permissions>
+    <mode>0711</mode><owner>1</owner><group>1</group></permissions></target></pool>""",
+    """<pool type='rbd'><name>b</name><source><host name='h' port='6789'/><host name='i'/><name>rbd</name>
+    <auth type='ceph' username='u'><secret uuid='c1d4f5b2-0000-4000-8000-000000000000'/></auth></source></pool>""",
+    """<pool type='iscsi-direct'><name>c</name><source><host name='h'/><device path='iqn.x'/><initiator><iqn name='iqn.y'/>
+    </initiator><auth type='chap' username='u'><secret usage='x'/></auth></source></pool>""",
+    """<pool type='logical'><name>vg</name><source><device path='/dev/sda'/><device path='/dev/sdb'/><name>vg</name>
+    <format type='lvm2'/></source><target><path>/dev/vg</path></target></pool>""",
+    """<pool type='scsi'><name>d</name><source><adapter type='scsi_host' name='host1'/></source><target><path>/dev</path>
+    </target></pool>""",
     "<pool type='dir'><name>e</name><target><path>/srv/e</path></target></pool>",
 )
 TOKEN = re.compile(r"<[^>]*>|[^<]+")
 TAGS = (
-    "name key capacity allocation physical target source format permissions mode owner group label path compat clusterSize nocow"
-    " features lazy_refcounts extended_l2 backingStore encryption uuid host device adapter auth secret initiator iqn dir x:name"
-).split()
+    "name", "key", "capacity", "allocation", "physical", "target", "source", "format", "permissions", "mode", "owner", "group",
+    "label", "path", "compat", "clusterSize", "nocow", "features", "lazy_refcounts", "extended_l2", "backingStore",
+    "encryption",
+    "uuid", "host", "device", "adapter", "auth", "secret", "initiator", "iqn", "dir", "x:name",
+)  # fmt: skip
 WORDS = (
-    "", "web", "../../etc/passwd", "a/b", "1", "0", "-1", "4294967295", "4294967296", "0644", "744", "0888", "1.1", "0.10", "2", "9" * 30,
-    "0x10", " 7 ", "&amp;", "&#0;", "&#65;", "&x;", "&lt;x&gt;", "<![CDATA[../x]]>", "<!-- x -->", "<?x y?>", "]]>", "%x;", "\u202e",
+    "", "web", "../../etc/passwd", "a/b", "1", "0", "-1", "4294967295", "4294967296", "0644", "744", "0888", "1.1", "0.10",
+    "2", "9" * 30,
+    "0x10", " 7 ", "&amp;", "&#0;", "&#65;", "&x;", "&lt;x&gt;", "<![CDATA[../x]]>", "<!-- x -->", "<?x y?>", "]]>", "%x;",
+    "\u202e",
     "/dev/sda", "\0", "\ud800", "\ufffe", "raw", "qcow2", "iso", "parsec", "n" * 5000, "<!DOCTYPE x>",
 )  # fmt: skip
 FRAGMENTS = (
@@ -294,16 +313,21 @@ FRAGMENTS = (
     *(f"<{tag} {name}='{word}'/>" for tag, name in (("format", "type"), ("host", "name"), ("host", "port"), ("device", "path"),
       ("dir", "path"), ("secret", "uuid"), ("auth", "type")) for word in ("", "raw", "x", "1", "99999", "../x", "&x;")),
     *(f"<capacity unit='{unit}'>7</capacity>" for unit in ("", "B", "kib", "parsec", "E", "&x;")),
-    *(f"<volume type='{kind}'>" for kind in ("file", "block", "x", "")), "<volume xmlns:x='urn:x'>", "<pool type='x'>", "<pool>",
+    *(f"<volume type='{kind}'>" for kind in ("file", "block", "x", "")), "<volume xmlns:x='urn:x'>", "<pool type='x'>",
+    "<pool>",
     *(f"<{tag}>" * 300 + f"</{tag}>" * 300 for tag in ("x", "name", "target")),
 )  # fmt: skip
 FRONTS = (
-    "", "", "", "", "", "", "", "", "<?xml version='1.0' encoding='utf-8'?>", "<?xml version='1.0' encoding='utf-16'?>", "\ufeff",
-    " \n", "<!-- -->", "<!DOCTYPE volume SYSTEM 'file:///etc/passwd'>", "<!DOCTYPE x [<!ENTITY x SYSTEM 'http://127.0.0.1/x'>]>",
+    "", "", "", "", "", "", "", "", "<?xml version='1.0' encoding='utf-8'?>", "<?xml version='1.0' encoding='utf-16'?>",
+    "\ufeff",
+    " \n", "<!-- -->", "<!DOCTYPE volume SYSTEM 'file:///etc/passwd'>",
+    "<!DOCTYPE x [<!ENTITY x SYSTEM 'http://127.0.0.1/x'>]>",
     "<!doctype x>", "<?xml-stylesheet href='file:///etc/passwd'?>", "<?xml version='1.1'?>", "\0",
     "<!DOCTYPE x [" + "".join(f"<!ENTITY x{n} '{f'&x{n - 1};' * 10}'>" for n in range(1, 10)) + "]>",
 )  # fmt: skip
-EDITS = st.tuples(st.integers(0, 200), st.sampled_from(("before", "instead", "without", "twice", "cut")), st.sampled_from(FRAGMENTS))
+EDITS = st.tuples(
+    st.integers(0, 200), st.sampled_from(("before", "instead", "without", "twice", "cut")), st.sampled_from(FRAGMENTS)
+)
 
 
 def edited(model, front, edits, filler):
@@ -442,22 +466,22 @@ def page(told):
     rows = []
     for one in told:
         for name, lines in sorted(one["lines"].items()):
-            left = ", ".join(map(str, lines["left"])) or "–"
+            left = ", ".join(map(str, lines["left"])) or "none"
             rows.append(f"| {one['target']} | `{name}` | {lines['functions']} | {lines['run']} of {lines['lines']} | {left} |")
-    runs = [
-        f"| {one['target']} | {one['seconds']:.0f} s | {one['seed']} | {one['examples']:,} | {one['longest']} s | {one['peak'] >> 20} MiB |"
-        for one in told
-    ]
+    runs = []
+    for one in told:
+        cells = [one["target"], f"{one['seconds']:.0f} s", one["seed"], f"{one['examples']:,}", f"{one['longest']} s"]
+        runs.append(f"| {' | '.join(map(str, cells))} | {one['peak'] >> 20} MiB |")
     return PAGE.format(runs="\n".join(runs), rows="\n".join(rows), longest=LONGEST, memory=MEMORY >> 20)
 
 
 PAGE = """# Fuzzing
 
-What reads image headers, and what reads volume XML, pool XML and names, was given what [hypothesis](https://hypothesis.works)
-makes up: images that qemu-img has made with fields, signatures and whole parts changed, cut off or moved, and documents in
-libvirt's words with entities, comments, doubles and nonsense put in. An example fails the run if it ends in anything but a clear
-error, takes longer than {longest} s, or has the process need more than {memory} MiB of memory. A document that is accepted has to
-have the name that libvirt's own XPath finds in it.
+What reads image headers, and what reads volume XML, pool XML and names, was given what
+[hypothesis](https://hypothesis.works) makes up: images that qemu-img has made, with fields and signatures changed and parts
+cut off, and documents in libvirt's words, with entities, comments, doubles and nonsense put in. An example fails the run if
+it ends in anything but a clear error, takes longer than {longest} s, or has the process need more than {memory} MiB of memory.
+A document that is accepted has to have the name that libvirt's own XPath finds in it.
 
 This page is written by `tests/tools/fuzz SECONDS [SEED]`. `make test` does the same for a minute. No example failed:
 

@@ -381,7 +381,9 @@ class Scene:
             if len(found) >= MAX_DEPTH:
                 raise refusal("chain_depth", f"{what} has more than {MAX_DEPTH} images below it")
             if below.stated is None or (above.stated and below.stated.format != (above.stated.backing_format or "raw")):
-                raise refusal("backing_format", f"{what} has {path!r} below it, recorded with another format than libvirt finds")
+                raise refusal(
+                    "backing_format", f"{what} has {path!r} below it, recorded with another format than libvirt finds"
+                )
             found.append((pool.name, name))
             volume = below
         return found

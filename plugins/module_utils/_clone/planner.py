@@ -668,7 +668,9 @@ def _refuse_target_chain(facts: Facts, image: Image) -> None:
 def _refuse_hard_link(facts: Facts) -> None:
     """What is changed in place changes under all its names."""
     if facts.target.linked_elsewhere:
-        raise refusal("hard_link", f"{_what(facts)} has a further name outside the pools of this task, and would change there too")
+        raise refusal(
+            "hard_link", f"{_what(facts)} has a further name outside the pools of this task, and would change there too"
+        )
 
 
 def _refuse_in_use(facts: Facts, done: str) -> None:

@@ -28,22 +28,24 @@ class Check:
 CHECKS: t.Mapping[str, Check] = {
     # What else would be read.
     "backing_file": Check("UNSAFE_IMAGE", "a backing file outside the pools that the task names, or one that is no file"),
-    "backing_format": Check("UNSAFE_IMAGE", "a backing file whose format is not recorded and would be guessed, or is not known"),
+    "backing_format": Check(
+        "UNSAFE_IMAGE", "a backing file of a format that is not known, or not recorded and so would be guessed"
+    ),
     "data_file": Check("UNSAFE_IMAGE", "a qcow2 image that keeps its data in another file"),
     "extent": Check("UNSAFE_IMAGE", "a vmdk that keeps its data in other files, or whose descriptor could mean that"),
     "parent_locator": Check("UNSAFE_IMAGE", "a vmdk, vdi, vpc or vhdx image that is the difference to a parent"),
     "symbolic_link": Check("UNSAFE_IMAGE", "a volume that is a symbolic link out of the pools that the task names"),
-    "hard_link": Check("UNSAFE_IMAGE", "a volume or backing file that has a further name outside the pools that the task names"),
+    "hard_link": Check("UNSAFE_IMAGE", "a volume or backing file with a further name outside the pools that the task names"),
     "chain_depth": Check("UNSAFE_IMAGE", "more than 64 images below the source"),
     "chain_loop": Check("UNSAFE_IMAGE", "an image that has itself below it"),
     "encrypted": Check("UNSAFE_IMAGE", "an encrypted image below another one, which nobody could read"),
     # What it could be taken for.
-    "two_formats": Check("UNSAFE_IMAGE", "bytes that are sound in two formats, where source_format does not say which is meant"),
+    "two_formats": Check("UNSAFE_IMAGE", "bytes of two formats, where source_format does not say which is meant"),
     "footer_only": Check("UNSAFE_IMAGE", "a format told by the end of the file alone, where source_format does not say it"),
     "unknown_feature": Check("UNSAFE_IMAGE", "a version, or a feature that must be understood, which is not known here"),
     # What it would cost.
     "over_limit": Check("UNSAFE_IMAGE", "a capacity over max_capacity"),
-    "too_costly": Check("UNSAFE_IMAGE", "an image that qemu-img cannot look at within 30 s of processor time and 2 GiB of memory"),
+    "too_costly": Check("UNSAFE_IMAGE", "an image that takes qemu-img more than 30 s of processor time, or 2 GiB of memory"),
     # What is broken.
     "dirty": Check("CORRUPT_IMAGE", "an image that was not closed, or whose log was not replayed"),
     "corrupt": Check("CORRUPT_IMAGE", "an image that is marked corrupt"),
@@ -52,7 +54,7 @@ CHECKS: t.Mapping[str, Check] = {
     "capacity": Check("CORRUPT_IMAGE", "a capacity that the format, or the image's own tables, cannot have"),
     "unreadable": Check("CORRUPT_IMAGE", "an image that qemu-img info cannot open in the format that it is read as"),
     "qemu_check": Check("CORRUPT_IMAGE", "an image in which qemu-img check finds errors"),
-}  # fmt: skip
+}
 
 
 def refusal(check: str, sentence: str) -> CloneError:
