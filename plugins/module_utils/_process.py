@@ -128,7 +128,7 @@ def _in_child(parent: int, quick: bool, file_limit: t.Optional[int], network: bo
     def prepare() -> None:
         if not network and _LIBC.unshare(_CLONE_NEWNET) != 0:
             # Only root may do that alone. Where users may do neither, what is spelled out for the program has to be enough.
-            # Before the next call, which a change of credentials undoes (PR_SET_PDEATHSIG(2const)).
+            # Before the next call, since a change of credentials may undo that (PR_SET_PDEATHSIG(2const)).
             _LIBC.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:

@@ -114,7 +114,6 @@ def test_there_is_no_network_for_another_user(listener):
 
 
 def test_what_another_user_runs_dies_with_him():
-    """A user namespace changes credentials, which makes the kernel forget whose death is to be followed."""
     process = subprocess.Popen(as_user("/bin/sleep", "987.5"), start_new_session=True)
     harness.wait_until(lambda: any(words.startswith("/bin/sleep 987.5") for _pid, words in harness.commands()))
     process.send_signal(signal.SIGKILL)

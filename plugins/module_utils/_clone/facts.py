@@ -1050,11 +1050,11 @@ def _image_elsewhere(volume: RemoteVolume, stated: _xml.VolumeXML, head: bytes, 
         if told != "raw" or not pinned:
             read_as = probe.choose_format(found, None, what)
             if head and read_as != told:
-                raise CloneError("UNSAFE_IMAGE", f"{what} is {told} for libvirt, but begins as {read_as}; refresh its pool")
+                raise refusal("two_formats", f"{what} is {told} for libvirt, but begins as {read_as}; refresh its pool")
         if told == "qcow2" and head:
             image = probe.read_qcow2(fd, size, what)
             if (image.backing is None) != (stated.backing_path is None):
-                raise CloneError("UNSAFE_IMAGE", f"{what} has another backing store than libvirt knows of; refresh its pool")
+                raise refusal("backing_file", f"{what} has another backing store than libvirt knows of; refresh its pool")
             return replace(image, backing=stated.backing_path, backing_format=stated.backing_format)
         if told == "raw":
             return replace(probe.read_raw(size, found, head), capacity=stated.capacity or 0)

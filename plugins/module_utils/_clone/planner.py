@@ -352,8 +352,8 @@ def _refuse_linked(request: Request, facts: Facts) -> None:
     if request.method == "libvirt":
         raise CloneError("NO_SUPPORT", "method=libvirt cannot make a linked clone")
     if source.outside:
-        raise CloneError(
-            "UNSAFE_IMAGE",
+        raise refusal(
+            "backing_file",
             f"{source.what} lies outside the pools of this task, where no backing store of a linked clone may be;"
             f" name {source.outside!r} as source_pool",
         )
