@@ -120,6 +120,9 @@ def templates():
         path = os.path.join(place, "qed-overlay")
         subprocess.run(["qemu-img", "create", "-q", "-f", "qed", "-u", "-b", "base", "-F", "raw", path, "1M"], check=True)
         made["qed overlay"] = blocks_of(Path(path).read_bytes())
+        path, data = os.path.join(place, "external"), os.path.join(place, "data")
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data}", path, "1M"], check=True)
+        made["qcow2 external"] = blocks_of(Path(path).read_bytes())
         blocks, size = made["vmdk subformat=streamOptimized"]
         head = blocks[0][:512]
         # As VMware writes a stream: where its tables are stands in a second header, at the end.
@@ -166,6 +169,7 @@ PIECES = st.one_of(
 )  # fmt: skip
 #: where the formats have fields, and anywhere else
 PLACES = st.one_of(
+    st.sampled_from((72, 104, 112, 0x8001, 446, 510, 512, 64)),
     st.integers(0, 127),
     st.integers(0, 1023),
     st.sampled_from((64 << 10, 128 << 10, 192 << 10, 256 << 10, 0x8001, 512)).flatmap(

@@ -289,7 +289,7 @@ _VMDK_SHORTEST, _VMDK_LONGEST = 20 * SECTOR, _MIB - 1
 _VMDK_EXTENT = re.compile(rb'\b(?:RW|RDONLY|NOACCESS)\s+\d+\s+\w+\s+"([^"\r\n]+)"', re.IGNORECASE)
 _VMDK_PARENT = re.compile(rb'parentFileNameHint\s*=\s*"([^"\r\n]+)"', re.IGNORECASE)
 _VMDK_KEY = re.compile(r"([a-z0-9_.:]+)\s*=\s*(.*)")
-_VMDK_ITSELF = re.compile(r'(?:rw|rdonly)\s+[0-9]+\s+sparse\s+"[^"]*"')
+_VMDK_ITSELF = re.compile(r'(?:rw|rdonly)\s+[0-9]+\s+sparse\s+"[^"]*"(?:\s+[0-9]+)?')
 _VMDK_AT_END = 2**64 - 1
 _VMDK_SPARE, _VMDK_COMPRESSED, _VMDK_DEFLATE = 1 << 1, 1 << 16, 1
 
