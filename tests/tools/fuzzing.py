@@ -482,7 +482,7 @@ def page(told):
 PAGE = """# Fuzzing
 
 What reads image headers, and what reads volume XML, pool XML and names, was given what
-[hypothesis](https://hypothesis.works) makes up: images that qemu-img has made, with fields and signatures changed and parts
+hypothesis, a Python package for that, makes up: images that qemu-img has made, with fields and signatures changed and parts
 cut off, and documents in libvirt's words, with entities, comments, doubles and nonsense put in. An example fails the run if
 it ends in anything but a clear error, takes longer than {longest} s, or has the process need more than {memory} MiB of memory.
 A document that is accepted has to have the name that libvirt's own XPath finds in it.
