@@ -29,6 +29,8 @@ _LOCKED = re.compile(r'Failed to get (?:shared )?"[a-z ]+" lock')
 
 # A node on the network, as Layer.node spells it out. Nothing else may connect to anything.
 _NETWORK = re.compile(r'(?:"driver": "|driver=)(?:rbd|iscsi)\b')
+# What fails for a reason that is not in the image.
+_OF_THE_HOST = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE)
 # Of its limit of memory: block/qcow2.c and others, and GLib, which aborts.
 _TOO_LARGE = re.compile("[Cc]annot allocate memory|[Cc]ould not allocate|failed to allocate")
 
@@ -275,7 +277,7 @@ class QemuImg:
         try:
             described = json.loads(self.run(info(layer), {layer.fd: name}, doing, watch, quick=True)[1])
         except CloneError as exc:
-            if exc.code != "IO_ERROR" or os.strerror(errno.EIO) in exc.msg:
+            if exc.code != "IO_ERROR" or any(os.strerror(number) in exc.msg for number in _OF_THE_HOST):
                 raise
             raise refusal("unreadable", exc.msg) from exc
         capacity = int(described["virtual-size"])

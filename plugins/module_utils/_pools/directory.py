@@ -84,7 +84,7 @@ class DirectoryPool:
         """Every name that a file has in the pool; none where this user may not list it."""
         try:
             with os.scandir(self.fd) as listed:
-                return [item.name for item in listed if item.inode() == status.st_ino and self._is(item.name, status)]
+                return [item.name for item in listed if self._is(item.name, status)]
         except OSError:
             return []
 
