@@ -458,10 +458,9 @@ def _others(shop):
     each(
         "qed",
         ("header", 4, "<I", 0), ("header", 4, "<I", 3000), ("header", 4, "<I", 1 << 27), ("header", 8, "<I", 0),
-        ("header", 8, "<I", 3), ("header", 8, "<I", 32), ("header", 12, "<I", 0), ("header", 40, "<Q", 1), ("header", 40, "<Q",
-        0),
-        ("out_of_file", 40, "<Q", 1 << 50), ("capacity", 48, "<Q", 1 << 63), ("capacity", 48, "<Q", 1000), ("header", 16, "<Q",
-        1),
+        ("header", 8, "<I", 3), ("header", 8, "<I", 32), ("header", 12, "<I", 0), ("header", 40, "<Q", 1),
+        ("header", 40, "<Q", 0), ("out_of_file", 40, "<Q", 1 << 50), ("capacity", 48, "<Q", 1 << 63),
+        ("capacity", 48, "<Q", 1000), ("header", 16, "<Q", 1),
     )  # fmt: skip
     each(
         "qcow",
@@ -472,9 +471,9 @@ def _others(shop):
     each(
         "vdi",
         ("header", 360, "<I", 4096), ("header", 376, "<I", 4096), ("header", 380, "<I", 1), ("header", 340, "<I", 513),
-        ("header", 340, "<I", 0), ("header", 388, "<I", 1000), ("capacity", 384, "<I", 1 << 30), ("capacity", 368, "<Q",
-        1 << 50),
-        ("out_of_file", 340, "<I", 0xFFFFFE00), ("out_of_file", 344, "<I", 0xFFFFFE00), ("out_of_file", 384, "<I", 1 << 28),
+        ("header", 340, "<I", 0), ("header", 388, "<I", 1000), ("capacity", 384, "<I", 1 << 30),
+        ("capacity", 368, "<Q", 1 << 50), ("out_of_file", 340, "<I", 0xFFFFFE00), ("out_of_file", 344, "<I", 0xFFFFFE00),
+        ("out_of_file", 384, "<I", 1 << 28),
     )  # fmt: skip
     each(
         "vmdk",

@@ -144,11 +144,10 @@ def blocks_of(data):
 
 
 NUMBERS = st.one_of(
-    st.sampled_from([*range(9), 255, 256, 512, 4096, 65535, 65536, 1 << 20, 1 << 30, 1 << 31, 1 << 32, 1 << 62, 1 << 63,
-    (1 << 64) - 1]),
+    st.sampled_from([*range(9), 255, 512, 4096, 65535, *(1 << bits for bits in (16, 20, 30, 31, 32, 62, 63)), (1 << 64) - 1]),
     st.integers(0, 64).map(lambda bits: max((1 << bits) - 1, 0)),
     st.integers(0, (1 << 64) - 1),
-)  # fmt: skip
+)
 PIECES = st.one_of(
     st.tuples(st.sampled_from("BHIQ"), st.sampled_from("<>"), NUMBERS).map(
         lambda drawn: struct.pack(drawn[1] + drawn[0], drawn[2] % (1 << 8 * struct.calcsize(drawn[0])))
@@ -156,17 +155,14 @@ PIECES = st.one_of(
     st.binary(min_size=1, max_size=64),
     st.sampled_from(
         [
-            *(b"QFI\xfb\0\0\0\3", b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\1", b"QED\0", b"KDMV", b"COWD", b"# Disk DescriptorFile",
-            b"vhdxfile"),
-            *(b"conectix", b"\x7f\x10\xda\xbe", b"cxsparse", b"head", b"regi", b"metadata", b"LUKS\xba\xbe\0\1", b"CD001",
-            b"\x55\xaa"),
-            *(b"EFI PART", b'createType="monolithicFlat"\n', b'RW 1 FLAT "/x" 0\n', b'parentFileNameHint="x"\n',
-            b"parentCID=1\n"),
-            *(b"\0" * 16, b"\xe2\x79\x2a\xca\0\0\0\3raw\0\0\0\0\0", b"\x44\x41\x54\x41\0\0\0\4data\0\0\0\0",
-            b"\x23\x85\x28\x75\0\0\0\x18"),
+            *(b"QFI\xfb\0\0\0\3", b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\1", b"QED\0", b"KDMV", b"COWD", b"vhdxfile", b"conectix"),
+            *(b"# Disk DescriptorFile", b"\x7f\x10\xda\xbe", b"cxsparse", b"head", b"regi", b"metadata", b"LUKS\xba\xbe\0\1"),
+            *(b"CD001", b"\x55\xaa", b"EFI PART", b'createType="monolithicFlat"\n', b'RW 1 FLAT "/x" 0\n', b"parentCID=1\n"),
+            *(b'parentFileNameHint="x"\n', b"\0" * 16, b"\xe2\x79\x2a\xca\0\0\0\3raw\0\0\0\0\0", b"\x23\x85\x28\x75\0\0\0\x18"),
+            b"\x44\x41\x54\x41\0\0\0\4data\0\0\0\0",
         ]
     ),
-)  # fmt: skip
+)
 #: where the formats have fields, and anywhere else
 PLACES = st.one_of(
     st.sampled_from((72, 104, 112, 0x8001, 446, 510, 512, 64)),
