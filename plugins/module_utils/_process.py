@@ -16,6 +16,7 @@ import subprocess
 import typing as t
 
 _PR_SET_PDEATHSIG = 1
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _MEMORY_LIMIT = 2 << 30
 _CPU_LIMIT = 30
 # Of its memory, librbd's threads would reserve 64 MiB each for themselves (mallopt(3)).
@@ -37,14 +38,16 @@ def run(
     quick: bool = False,
     file_limit: t.Optional[int] = None,
     env: t.Optional[t.Mapping[str, str]] = None,
+    network: bool = True,
 ) -> t.Tuple[int, str, str]:
     """Exit status (negative for a signal), standard output and standard error.
 
     :param fds: descriptors that the command may use, as ``/proc/self/fd/N``
     :param watch: called five times a second while it runs; what it raises ends the command
-    :param quick: limit its processor time too (for headers only: a conversion may take hours)
+    :param quick: limit its processor time too, and let it write to no file (it looks at headers; a conversion may take hours)
     :param file_limit: largest file in bytes that it may write
     :param env: variables of its environment besides the language and the path
+    :param network: whether it may connect to other hosts, and to servers on this one
     """
     process = subprocess.Popen(
         command,
@@ -54,7 +57,7 @@ def run(
         pass_fds=tuple(fds),
         env={**(env or {}), **_ENVIRONMENT},
         cwd="/",
-        preexec_fn=_in_child(os.getpid(), quick, file_limit),  # pylint: disable=subprocess-popen-preexec-fn
+        preexec_fn=_in_child(os.getpid(), quick, file_limit, network),  # pylint: disable=subprocess-popen-preexec-fn
     )
     try:
         while True:
@@ -85,7 +88,7 @@ class Child:
             pass_fds=tuple(fds),
             env=_ENVIRONMENT,
             cwd="/",
-            preexec_fn=_in_child(os.getpid(), False, None),  # pylint: disable=subprocess-popen-preexec-fn
+            preexec_fn=_in_child(os.getpid(), False, None, True),  # pylint: disable=subprocess-popen-preexec-fn
         )
 
     def ask(self, line: str, watch: t.Callable[[], None]) -> str:
@@ -135,7 +138,7 @@ class Output:
                 stderr=self._errors,
                 env=_ENVIRONMENT,
                 cwd="/",
-                preexec_fn=_in_child(os.getpid(), False, 1 << 16),  # pylint: disable=subprocess-popen-preexec-fn
+                preexec_fn=_in_child(os.getpid(), False, 1 << 16, network=False),  # pylint: disable=subprocess-popen-preexec-fn
             )
         except BaseException:
             os.close(self._errors)
@@ -172,10 +175,14 @@ class Output:
         return status, os.pread(self._errors, 4096, 0).decode("utf-8", "replace")
 
 
-def _in_child(parent: int, quick: bool, file_limit: t.Optional[int]) -> t.Callable[[], None]:
+def _in_child(parent: int, quick: bool, file_limit: t.Optional[int], network: bool) -> t.Callable[[], None]:
     """What the child does between fork and exec: die with the parent, and live within limits (CVE-2015-5162)."""
 
     def prepare() -> None:
+        if not network and _LIBC.unshare(_CLONE_NEWNET) != 0:
+            # Only root may do that alone. Where users may do neither, what is spelled out for the program has to be enough.
+            # Before the next call, since a change of credentials may undo that (PR_SET_PDEATHSIG(2const)).
+            _LIBC.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             # The parent died before the line above took effect; nobody would ever stop us.
@@ -184,7 +191,9 @@ def _in_child(parent: int, quick: bool, file_limit: t.Optional[int]) -> t.Callab
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
         if quick:
-            resource.setrlimit(resource.RLIMIT_CPU, (_CPU_LIMIT, _CPU_LIMIT))
+            # One more second until the signal that does not say why (setrlimit(2)).
+            resource.setrlimit(resource.RLIMIT_CPU, (_CPU_LIMIT, _CPU_LIMIT + 1))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -35,11 +36,33 @@ fork_server = ""
 
 
 def command(params, *, check=False, diff=True, module="storage_volume_clone", python=PYTHON):
+    return [python, str(HERE / "driver.py"), module, _arguments(params, check, diff)]
+
+
+def _arguments(params, check, diff):
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in params.items()}
     arguments.update(
         _ansible_check_mode=check, _ansible_diff=diff, _ansible_remote_tmp="/var/tmp", _ansible_keep_remote_files=False
     )
-    return [python, str(HERE / "driver.py"), module, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})]
+    return json.dumps({"ANSIBLE_MODULE_ARGS": arguments})
+
+
+def batch(tasks, *, check=False, module="storage_volume_clone", prefix=()):
+    """Results of many runs, one after the other in one process."""
+    process = subprocess.Popen(
+        [*prefix, PYTHON, str(HERE / "batch.py"), module],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    out, err = process.communicate("".join(_arguments(params, check, True) + "\n" for params in tasks), timeout=600)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert len(results) == len(tasks), f"{len(results)} results of {len(tasks)}: {err}"
+    assert "Traceback" not in out + err, out + err
+    return results
 
 
 def environment(**more):
@@ -306,6 +329,26 @@ def make_raw(path, size, pieces=((0, 1), (50, 2)), unit=MIB):
 
 def noise(length, seed=0):
     return hashlib.shake_256(b"%d" % seed).digest(length)
+
+
+@contextlib.contextmanager
+def opens(path):
+    """A function that tells whether anybody has opened the file since, by whatever name (inotify(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    in_open = 0x20
+    assert fd >= 0 and libc.inotify_add_watch(fd, os.fsencode(path), in_open) >= 0
+
+    def opened():
+        try:
+            return bool(os.read(fd, 4096))
+        except BlockingIOError:
+            return False
+
+    try:
+        yield opened
+    finally:
+        os.close(fd)
 
 
 def unnamed_files(place):

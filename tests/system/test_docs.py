@@ -19,13 +19,14 @@ import harness
 import pytest
 import web
 import yaml
+from ansible_collections.virtforge.libvirt.plugins.module_utils._images.gate import CHECKS
 from harness import GIB, MIB, ROOT, run, virsh
 from plays import BIN, COLLECTIONS, ansible_playbook, counts, write_play
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 #: pages without examples: an index, and what is written by programs; that of the fleet needs a Ceph, and is in test_rbd.py
-TABLES = ("README.md", "benchmarks.md", "ceph_fleet.md", "pools.md")
+TABLES = ("README.md", "benchmarks.md", "ceph_fleet.md", "fuzzing.md", "pools.md", "security.md")
 MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("*.py"))
 
 
@@ -204,6 +205,15 @@ def test_the_table_of_pools_is_what_the_code_decides():
         "import sys, capabilities; sys.exit(capabilities.PAGE.read_text() != capabilities.page())",
         env={**os.environ, "PYTHONPATH": f"{COLLECTIONS}:{ROOT / 'tests' / 'tools'}"},
     )
+
+
+def test_the_page_on_security_has_every_check_and_names_tests_that_exist():
+    page = (ROOT / "docs" / "security.md").read_text()
+    rows = [f"| `{name}` | `{check.code}` | {check.refuses} |" for name, check in CHECKS.items()]
+    assert re.findall(r"^\| `[a-z0-9_]+` \| `[A-Z_]+` \|.*$", page, re.MULTILINE) == rows
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", page):
+        assert f"def {name}(" in tests, name
 
 
 def test_every_page_is_linked():

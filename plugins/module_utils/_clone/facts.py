@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from .. import _xml
 from .._deadline import Deadline
 from .._errors import CloneError, from_os_error
-from .._images import probe, qemu_img
+from .._images import foreign, probe, qemu_img
+from .._images.gate import refusal
 from .._images.probe import Image
 from .._images.qemu_img import Layer, QemuImg
 from .._import import intake
@@ -271,7 +272,7 @@ class Scene:
         if status is not None and stat.S_ISLNK(status.st_mode):
             path = os.path.realpath(path)
             if os.path.lexists(path):
-                self._refuse_outside(path, f"{facts.what} is a symbolic link to {path!r}")
+                self._refuse_outside("symbolic_link", path, f"{facts.what} is a symbolic link to {path!r}")
         return self._open_source(replace(facts, key=self._key_of(os.path.realpath(path))), path, pool)
 
     # --- a source from outside ------------------------------------------------------------------------------------------
@@ -521,16 +522,18 @@ class Scene:
             pool = next((pool for pool in pools if os.path.normpath(pool.path) == directory), None)
             above, below = volume, pool.volume(name) if pool else None
             if pool is None or below is None:
-                raise CloneError(
-                    "UNSAFE_IMAGE",
+                raise refusal(
+                    "backing_file",
                     f"{what} has {path!r} below it, which is no volume of the pools of this task; if it is meant, name its pool"
                     " as pool or source_pool",
                 )
-            if (pool.name, name) in found or len(found) >= MAX_DEPTH:
-                raise CloneError("UNSAFE_IMAGE", f"{what} has more than {MAX_DEPTH} images below it, or a loop")
+            if (pool.name, name) in found:
+                raise refusal("chain_loop", f"{what} has {path!r} below it twice")
+            if len(found) >= MAX_DEPTH:
+                raise refusal("chain_depth", f"{what} has more than {MAX_DEPTH} images below it")
             if below.stated is None or (above.stated and below.stated.format != (above.stated.backing_format or "raw")):
-                raise CloneError(
-                    "UNSAFE_IMAGE", f"{what} has {path!r} below it, recorded with another format than libvirt finds"
+                raise refusal(
+                    "backing_format", f"{what} has {path!r} below it, recorded with another format than libvirt finds"
                 )
             found.append((pool.name, name))
             volume = below
@@ -538,7 +541,7 @@ class Scene:
 
     def _open_source(self, facts: SourceFacts, path: str, pool: t.Optional[DirectoryPool]) -> SourceFacts:
         try:
-            fd, block = _open_image(path, facts.what)
+            fd, block = self._open_inside(path, facts.what) if pool is not None else _open_image(path, facts.what)
         except FileNotFoundError:
             return replace(facts, gone=f"{facts.what} does not exist")
         except CloneError as exc:
@@ -547,9 +550,6 @@ class Scene:
                 raise
             return described
         image = self._add_layer(self.layers, fd, facts.what, path, block, self.request.source_format)
-        if pool is not None:
-            # The name may have become a symbolic link since we looked.
-            self._refuse_outside(_path_of(fd), f"{facts.what} is {_path_of(fd)!r}")
         try:
             self._open_chain(self.layers)
         except FileNotFoundError as exc:
@@ -600,8 +600,8 @@ class Scene:
             return probe.read_raw(size, found, os.pread(fd, 8, 0))
         if image_format == "qcow2":
             return probe.read_qcow2(fd, size, what)
-        probe.refuse_parents(fd, image_format, what)
-        return self.qemu.read(Layer(fd, image_format), what, lambda: self.deadline.check(f"reading {what}"))
+        header = foreign.read(fd, size, image_format, what)
+        return self.qemu.read(Layer(fd, image_format), header, what, lambda: self.deadline.check(f"reading {what}"))
 
     def _open_chain(self, layers: t.List[OpenImage]) -> None:
         """Open everything below the last of ``layers``.
@@ -613,32 +613,30 @@ class Scene:
         while layers[-1].image.backing is not None:
             above = layers[-1]
             if len(layers) > MAX_DEPTH:
-                raise CloneError("UNSAFE_IMAGE", f"{topmost.what} has more than {MAX_DEPTH} images below it")
+                raise refusal("chain_depth", f"{topmost.what} has more than {MAX_DEPTH} images below it")
             path = self._backing_path(above)
             what = f"{path!r}, the backing store of {above.what},"
             try:
-                fd, block = _open_image(path, what)
+                fd, block = self._open_inside(path, what)
             except FileNotFoundError as exc:
                 raise FileNotFoundError(f"{what} does not exist") from exc
             try:
-                self._refuse_outside(_path_of(fd), f"{above.what} has the backing store {_path_of(fd)!r}")
                 if _identity(os.fstat(fd)) in seen:
-                    raise CloneError("UNSAFE_IMAGE", f"{what} is part of a loop: it stands above itself")
+                    raise refusal("chain_loop", f"{what} is part of a loop: it stands above itself")
                 recorded = above.image.backing_format
                 if recorded is not None and recorded not in probe.FORMATS:
-                    raise CloneError("UNSAFE_IMAGE", f"{what} is recorded with the format {recorded!r}, which is not followed")
+                    raise refusal("backing_format", f"{what} is recorded with the format {recorded!r}, which is not followed")
                 if recorded is None and probe.detect(fd, guards.length(fd)):
                     remedy = "set it by qemu-img rebase -u -F" if above.image.format == "qcow2" else "convert it to qcow2"
-                    raise CloneError("UNSAFE_IMAGE", f"{above.what} does not record the format of its backing store: {remedy}")
+                    raise refusal("backing_format", f"{above.what} does not record the format of its backing store: {remedy}")
             except BaseException:
                 os.close(fd)
                 raise
             seen.add(_identity(os.fstat(fd)))
             image = self._add_layer(layers, fd, what, path, block, recorded or "raw")
-            if image.unclean:
-                raise CloneError("CORRUPT_IMAGE", f"{what} is marked {image.unclean}: run qemu-img check on it first")
-            if image.data_file is not None or image.encrypted:
-                raise CloneError("UNSAFE_IMAGE", f"{what} is encrypted or keeps its data in another file")
+            planner.refuse_image(image, what, self.request.max_capacity)
+            if image.encrypted:
+                raise refusal("encrypted", f"{what} is encrypted, and cannot be read without its secret")
 
     def target_layers(self, image: Image) -> t.List[Layer]:
         """The target and all that lies below it, opened once; it stays within the pools as a source does."""
@@ -672,9 +670,9 @@ class Scene:
         head = recorded.split("/", 1)[0]
         if not recorded or "\0" in recorded or ":" in head:
             # qemu takes "nbd:...", "json:..." and the like for protocols.
-            raise CloneError("UNSAFE_IMAGE", f"{above.what} refers to {recorded[:200]!r}, which is not followed")
+            raise refusal("backing_file", f"{above.what} refers to {recorded[:200]!r}, which is not followed")
         path = os.path.realpath(os.path.join(os.path.dirname(os.path.realpath(above.path)), recorded))
-        self._refuse_outside(path, f"{above.what} has the backing store {path!r}")
+        self._refuse_outside("backing_file", path, f"{above.what} has the backing store {path!r}")
         return path
 
     def _inside(self, path: str) -> bool:
@@ -685,13 +683,43 @@ class Scene:
         pool = next((pool for pool in self._pools.values() if pool.contains(path)), None)
         return pool.path_of(os.path.basename(path)) if pool else path
 
-    def _refuse_outside(self, path: str, why: str) -> None:
+    def _open_inside(self, path: str, what: str) -> t.Tuple[int, bool]:
+        """Open a file of this real path, which is directly in one of the pools.
+
+        By its name in the directory that is held open: whatever the path has come to mean, nothing else is opened.
+        """
+        pool = next((pool for pool in self._pools.values() if pool.contains(path)), None)
+        if pool is None:
+            # A link that leads nowhere, when it was looked at.
+            raise FileNotFoundError(path)
+        if isinstance(pool, DevicePool):
+            return _open_image(path, what)
+        return _open_image(os.path.basename(path), what, pool.fd, lambda status: self._refuse_hard_link(status, what))
+
+    def _refuse_hard_link(self, status: os.stat_result, what: str) -> None:
+        """Refuse a file that has more names than the pools have of it: who put it there may have had it from anywhere."""
+        if self._linked_elsewhere(status):
+            advice = f"name its directory as source_pool{'' if self.request.source is None else ', or the file as source_path'}"
+            raise refusal(
+                "hard_link", f"{what} has {status.st_nlink} names, not all in the pools of this task; if it is meant, {advice}"
+            )
+
+    def _linked_elsewhere(self, status: os.stat_result) -> bool:
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink < 2:
+            return False
+        names: t.Set[t.Tuple[t.Any, ...]] = set()
+        for pool in self._pools.values():
+            found = pool.names_of(status)
+            names.update((*_identity(os.fstat(pool.fd)), name) for name in found)
+        return len(names) < status.st_nlink
+
+    def _refuse_outside(self, check: str, path: str, why: str) -> None:
         if not self._inside(path):
             directory = os.path.dirname(path)
             advice = f"name {directory!r} as source_pool"
             if self.request.source is not None:
                 advice = f"state the source as source_path, and {advice}"
-            raise CloneError("UNSAFE_IMAGE", f"{why}, outside the pools of this task; if it is meant, {advice}")
+            raise refusal(check, f"{why}, outside the pools of this task; if it is meant, {advice}")
 
     def _target(self, pool: DirectoryPool, name: str, source: SourceFacts) -> TargetFacts:
         status = pool.lstat(name)
@@ -737,6 +765,7 @@ class Scene:
             gid=status.st_gid,
             mode=stat.S_IMODE(status.st_mode) & 0o777,
             label=staging.get_label(self.target_fd),
+            linked_elsewhere=self._linked_elsewhere(status),
         )
 
     def _target_device(self, pool: DevicePool, name: str, source: SourceFacts) -> TargetFacts:
@@ -926,7 +955,7 @@ class Scene:
                 doing = f"checking {image.what}"
                 status = self.qemu.run(arguments, {image.fd: image.what}, doing, self._watch, quick=True, accept=(0, 2, 3))[0]
                 if status == 2:
-                    return f"{image.what} is corrupt: qemu-img check finds errors in it"
+                    return f"{image.what} is corrupt: qemu-img check finds errors in it [qemu_check]"
         return ""
 
     def _target_users(self, facts: Facts) -> str:
@@ -1124,26 +1153,30 @@ def _close_all(opened: t.List[OpenImage]) -> None:
         os.close(opened.pop().fd)
 
 
-def _open_image(path: str, what: str) -> t.Tuple[int, bool]:
+def _open_image(
+    path: str, what: str, directory: t.Optional[int] = None, judge: t.Callable[[os.stat_result], None] = lambda status: None
+) -> t.Tuple[int, bool]:
     """Open a file or block device for reading: descriptor, and whether it is a block device.
 
+    :param directory: descriptor of the one that ``path`` is a name in
+    :param judge: raises for a file that may not be opened
     :raises FileNotFoundError: for nothing there
     """
     try:
-        status = os.stat(path)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-            raise CloneError("INVALID_ARG", f"{what} is {kind_of(status)}, not a file or block device")
-        # Links were resolved before. By now the path could be one, or a named pipe, and opening that waits for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        # Taken hold of, but not opened, before it is known what it is: by now the path could be a link or a named pipe.
+        handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            status = os.fstat(handle)
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+                raise CloneError("INVALID_ARG", f"{what} is {kind_of(status)}, not a file or block device")
+            judge(status)
+            return os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), stat.S_ISBLK(status.st_mode)
+        finally:
+            os.close(handle)
     except OSError as exc:
         if exc.errno in (errno.ENOENT, errno.ENOTDIR):
             raise FileNotFoundError from exc
         raise from_os_error(exc, f"opening {what}") from exc
-    opened = os.fstat(fd)
-    if not (stat.S_ISREG(opened.st_mode) or stat.S_ISBLK(opened.st_mode)):
-        os.close(fd)
-        raise CloneError("INVALID_ARG", f"{what} is {kind_of(opened)}, not a file or block device")
-    return fd, stat.S_ISBLK(opened.st_mode)
 
 
 def _path_of(fd: int) -> str:
@@ -1175,15 +1208,21 @@ def _image_elsewhere(volume: RemoteVolume, stated: _xml.VolumeXML, head: bytes, 
         if told != "raw" or not pinned:
             read_as = probe.choose_format(found, None, what)
             if head and read_as != told:
-                raise CloneError("UNSAFE_IMAGE", f"{what} is {told} for libvirt, but begins as {read_as}; refresh its pool")
+                raise refusal("two_formats", f"{what} is {told} for libvirt, but begins as {read_as}; refresh its pool")
         if told == "qcow2" and head:
             image = probe.read_qcow2(fd, size, what)
             if (image.backing is None) != (stated.backing_path is None):
-                raise CloneError("UNSAFE_IMAGE", f"{what} has another backing store than libvirt knows of; refresh its pool")
+                raise refusal("backing_file", f"{what} has another backing store than libvirt knows of; refresh its pool")
             return replace(image, backing=stated.backing_path, backing_format=stated.backing_format)
         if told == "raw":
             return replace(probe.read_raw(size, found, head), capacity=stated.capacity or 0)
-        probe.refuse_parents(fd, told, what)
+        os.ftruncate(fd, size)
+        try:
+            foreign.read(fd, size, told, what)
+        except CloneError as exc:
+            # Only the beginning is here, so what it refers to within itself may be missing.
+            if exc.code == "UNSAFE_IMAGE":
+                raise
     finally:
         os.close(fd)
     return Image(told, stated.capacity or 0, stated.backing_path, stated.backing_format)

@@ -17,6 +17,7 @@ import typing as t
 from dataclasses import dataclass, replace
 
 from .._errors import CloneError
+from .._images.gate import refusal
 from .._images.probe import EMPTY_UNREADABLE, GROWABLE, SHARING, Image, Qcow2Features, round_capacity
 from .._pools import capabilities
 from .._units import format_bytes
@@ -123,6 +124,8 @@ class TargetFacts:
     unfinished: bool = False
     #: whether it is lost without what it is a snapshot of
     needs_origin: bool = False
+    #: whether the file has a further name, which is in none of the pools
+    linked_elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -359,8 +362,8 @@ def _refuse_linked(request: Request, facts: Facts) -> None:
     if request.method == "libvirt":
         raise CloneError("NO_SUPPORT", "method=libvirt cannot make a linked clone")
     if source.outside:
-        raise CloneError(
-            "UNSAFE_IMAGE",
+        raise refusal(
+            "backing_file",
             f"{source.what} lies outside the pools of this task, where no backing store of a linked clone may be;"
             f" name {source.outside!r} as source_pool",
         )
@@ -477,6 +480,7 @@ def _existing(request: Request, facts: Facts, image: Image) -> Plan:
         if users:
             warnings.append(f"{_what(facts)} is open by {users}: its owner, group, mode and label are left alone")
         else:
+            _refuse_hard_link(facts)
             steps.append(SetPermissions(owner))
             after = replace(
                 after,
@@ -522,8 +526,7 @@ def _flattening(request: Request, facts: Facts, image: Image) -> Plan:
             "OPERATION_INVALID",
             f"{what} cannot be flattened: its internal snapshots ({image.snapshots}) would be lost; delete them first",
         )
-    if image.unclean:
-        raise CloneError("CORRUPT_IMAGE", f"{what} is marked {image.unclean}: run qemu-img check on it first")
+    refuse_image(image, what, request.max_capacity)
     wanted = _stated_capacity(request, facts, image.format)
     capacity = round_capacity(image.format, image.capacity)
     if wanted is not None and wanted > image.capacity:
@@ -664,6 +667,7 @@ def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:
         raise CloneError(
             "NO_SUPPORT", f"preallocation={request.preallocation}: {_what(facts)} has {sizes}; libvirt grows it without"
         )
+    _refuse_hard_link(facts)
     _refuse_target_chain(facts, image)
     _refuse_in_use(facts, "grown")
     return Grow(image.format, wanted, request.preallocation)
@@ -672,9 +676,17 @@ def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:
 def _refuse_target_chain(facts: Facts, image: Image) -> None:
     """A target's guest, or whoever else wrote to it, must not have us open files outside the pools."""
     if image.data_file is not None:
-        raise CloneError("UNSAFE_IMAGE", f"{_what(facts)} keeps its data in another file, which is not followed")
+        raise refusal("data_file", f"{_what(facts)} keeps its data in another file, which is not followed")
     if image.backing is not None:
         _known(facts, "target_chain")
+
+
+def _refuse_hard_link(facts: Facts) -> None:
+    """What is changed in place changes under all its names."""
+    if facts.target.linked_elsewhere:
+        raise refusal(
+            "hard_link", f"{_what(facts)} has a further name outside the pools of this task, and would change there too"
+        )
 
 
 def _refuse_in_use(facts: Facts, done: str) -> None:
@@ -878,17 +890,22 @@ def _presumed(why: str) -> str:
     return f"{why}; the check run takes it that an earlier task makes it"
 
 
+def refuse_image(image: Image, what: str, max_capacity: int) -> None:
+    """Refuse what a header says of an image that is to be read, be it the source or one below it."""
+    if image.unclean:
+        raise refusal(image.unclean, f"{what} is marked {image.unclean}: run qemu-img check on it first")
+    if image.data_file is not None:
+        raise refusal("data_file", f"{what} keeps its data in another file, which is not followed")
+    if image.capacity > max_capacity:
+        raise refusal(
+            "over_limit",
+            f"{what} claims {format_bytes(image.capacity)}, more than max_capacity ({format_bytes(max_capacity)})",
+        )
+
+
 def _refuse_source(request: Request, facts: Facts, source: Image) -> None:
     what = facts.source.what
-    if source.unclean:
-        raise CloneError("CORRUPT_IMAGE", f"{what} is marked {source.unclean}: run qemu-img check on it first")
-    if source.data_file is not None:
-        raise CloneError("UNSAFE_IMAGE", f"{what} keeps its data in another file, which is not followed")
-    if source.capacity > request.max_capacity:
-        raise CloneError(
-            "UNSAFE_IMAGE",
-            f"{what} claims {format_bytes(source.capacity)}, more than max_capacity ({format_bytes(request.max_capacity)})",
-        )
+    refuse_image(source, what, request.max_capacity)
     if request.linked and source.encrypted:
         raise CloneError("NO_SUPPORT", f"{what} is encrypted: a clone of it cannot be linked, but clone_type=full is possible")
     if request.encrypted and not source.encrypted:

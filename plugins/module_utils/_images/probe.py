@@ -4,21 +4,19 @@
 
 """What the first bytes of a volume say: its format, its capacity, and what it refers to.
 
-Nothing here trusts an image. Headers are read with a few bounded reads; a field that points outside the file or
-claims what cannot be is ``CORRUPT_IMAGE``; a file that could be read as two formats is ``UNSAFE_IMAGE`` until
-somebody pins one (CVE-2008-2004 and its many successors: a guest that writes an image header into its raw disk must not
-decide how the host reads it).
+Nothing here trusts an image. Headers are read with a few bounded reads, and what they may not say has a name in
+:data:`gate.CHECKS`. A file that could be read as two formats is refused until somebody pins one (CVE-2008-2004 and its many
+successors: a guest that writes an image header into its raw disk must not decide how the host reads it).
 """
 
 from __future__ import annotations
 
 import os
-import re
 import struct
 import typing as t
 from dataclasses import dataclass
 
-from .._errors import CloneError
+from .gate import Reader, refusal
 
 #: Formats that a clone may have, each named as libvirt and qemu-img name it.
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "qcow")
@@ -37,11 +35,10 @@ _QCOW2_DIRTY, _QCOW2_CORRUPT, _QCOW2_DATA_FILE, _QCOW2_COMPRESSION, _QCOW2_EXTEN
 _QCOW2_KNOWN = (1 << 5) - 1
 _QCOW2_LAZY_REFCOUNTS = 1
 _EXT_END, _EXT_BACKING_FORMAT, _EXT_BITMAPS, _EXT_DATA_FILE = 0, 0xE2792ACA, 0x23852875, 0x44415441
-# The longest descriptor that QEMU reads (vmdk_read_desc).
-_VMDK_DESCRIPTOR = (1 << 20) - 1
-# More than QEMU takes (vmdk_parse_extents): other programs also know extents that are only read, and do not mind the case.
-_VMDK_EXTENT = re.compile(rb'\b(?:RW|RDONLY|NOACCESS)\s+\d+\s+\w+\s+"([^"\r\n]+)"', re.IGNORECASE)
-_VMDK_PARENT = re.compile(rb'parentFileNameHint\s*=\s*"([^"\r\n]+)"', re.IGNORECASE)
+#: What a raw disk may begin with, any of it beside the others: an encrypted one, partition tables, install media.
+RAW_KINDS = ("luks", "gpt", "mbr", "iso")
+# Up to the volume descriptor of ISO 9660, in sector 16 of 2048 bytes.
+_LOOKED_AT = 0x8006
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,11 @@ def round_capacity(image_format: str, capacity: int) -> int:
 
 
 def detect(fd: int, size: int) -> t.Tuple[str, ...]:
-    """Formats whose magic the file carries; ``vpc-footer`` stands for a VHD told only by its last sector."""
+    """Formats whose magic the file carries; ``vpc-footer`` stands for a VHD told only by its last sector.
+
+    Where one is told by its header, what a raw disk begins with (:data:`RAW_KINDS`) is looked for as well: an image has
+    nothing of that where its own header is, and a disk has no image's header.
+    """
     head = os.pread(fd, 68, 0)
     found = []
     if head[:4] == b"QFI\xfb" and len(head) >= 8:
@@ -103,9 +104,28 @@ def detect(fd: int, size: int) -> t.Tuple[str, ...]:
         found.append("vpc")
     if head[64:68] == b"\x7f\x10\xda\xbe":
         found.append("vdi")
+    if found:
+        found += raw_kinds(os.pread(fd, _LOOKED_AT, 0))
     if "vpc" not in found and size >= SECTOR and os.pread(fd, 8, size - SECTOR) == b"conectix":
         found.append("vpc-footer")
     return tuple(found)
+
+
+def raw_kinds(head: bytes) -> t.List[str]:
+    """What the first bytes of a raw disk say that it has: of :data:`RAW_KINDS`, any number."""
+    found = []
+    if head[:6] == b"LUKS\xba\xbe":
+        found.append("luks")
+    if head[SECTOR : SECTOR + 8] == b"EFI PART":
+        found.append("gpt")
+    elif head[510:512] == b"\x55\xaa":
+        # Four partitions of 16 bytes: each is active or not (UEFI specification, 5.2.1), and one of them has a type.
+        partitions = [head[at : at + 16] for at in range(446, 510, 16)]
+        if all(one[0] in (0, 0x80) for one in partitions) and any(one[4] for one in partitions):
+            found.append("mbr")
+    if head[0x8001:0x8006] == b"CD001":
+        found.append("iso")
+    return found
 
 
 def choose_format(found: t.Sequence[str], pinned: t.Optional[str], what: str) -> str:
@@ -118,13 +138,11 @@ def choose_format(found: t.Sequence[str], pinned: t.Optional[str], what: str) ->
     if not found:
         return "raw"
     if len(found) > 1:
-        raise CloneError(
-            "UNSAFE_IMAGE",
-            f"{what} can be read as {' and as '.join(found).replace('-footer', '')}: set source_format to what is meant",
-        )
+        formats = [f"raw ({name})" if name in RAW_KINDS else name.replace("-footer", "") for name in found]
+        raise refusal("two_formats", f"{what} can be read as {' and as '.join(formats)}: set source_format to what is meant")
     if found[0] == "vpc-footer":
-        raise CloneError(
-            "UNSAFE_IMAGE",
+        raise refusal(
+            "footer_only",
             f"{what} ends in the footer of a fixed VHD, which a guest can write too: set source_format to vpc or to raw",
         )
     return found[0]
@@ -132,59 +150,60 @@ def choose_format(found: t.Sequence[str], pinned: t.Optional[str], what: str) ->
 
 def read_raw(size: int, found: t.Sequence[str], head: bytes) -> Image:
     """A raw image: its length is its capacity. LUKS is told by its magic, because it must never be converted."""
-    return Image("raw", size, encrypted=head[:6] == b"LUKS\xba\xbe", magic=found[0] if found else None)
+    return Image("raw", size, encrypted="luks" in raw_kinds(head), magic=found[0] if found else None)
 
 
 def read_qcow2(fd: int, size: int, what: str) -> Image:
-    """Read a qcow2 header, versions 2 and 3 (QEMU's ``docs/interop/qcow2.txt``).
+    """Read a qcow2 header, versions 2 and 3 (QEMU's ``docs/interop/qcow2.txt``; the limits are those of its block/qcow2.c).
 
-    :raises CloneError: ``CORRUPT_IMAGE`` for fields that cannot be, ``NO_SUPPORT`` for incompatible features that
-        are not known here and so could mean anything.
+    :raises CloneError: by one of :data:`gate.CHECKS`
     """
-    head = os.pread(fd, 112, 0)
-
-    def corrupt(why: str) -> CloneError:
-        return CloneError("CORRUPT_IMAGE", f"{what} is no sound qcow2 image: {why}")
-
-    if len(head) < 72 or head[:4] != b"QFI\xfb":
-        raise corrupt("the header is missing or too short")
+    reader = Reader(fd, size, what, "qcow2")
+    sound = reader.sound
+    head = reader.read(0, 112)
+    sound(len(head) >= 72 and head[:4] == b"QFI\xfb", "the header is missing or too short")
     version, backing_at, backing_len, cluster_bits, capacity, crypt, l1_size, l1_at = struct.unpack_from(">IQIIQIIQ", head, 4)
-    snapshots = struct.unpack_from(">I", head, 60)[0]
-    if version not in (2, 3):
-        raise corrupt(f"version {version} is unknown")
-    if not 9 <= cluster_bits <= 21:
-        raise corrupt(f"the cluster size of 2^{cluster_bits} bytes is out of range")
-    if capacity > 2**63 - 1:
-        raise corrupt(f"the capacity of {capacity} bytes is out of range")
-    incompatible, compatible, refcount_order, header_len = 0, 0, 4, 72
-    compression = "zlib"
+    refcounts_at, refcount_clusters, snapshots, snapshots_at = struct.unpack_from(">QIIQ", head, 48)
+    sound(version in (2, 3), f"is qcow2 of version {version}", "unknown_feature")
+    sound(9 <= cluster_bits <= 21, f"the cluster size of 2^{cluster_bits} bytes is out of range")
+    sound(crypt <= 2, f"encryption method {crypt} is unknown")
+    cluster = 1 << cluster_bits
+    incompatible, compatible, refcount_order, header_len, compression = 0, 0, 4, 72, 0
     if version == 3:
-        if len(head) < 104:
-            raise corrupt("the header is too short")
+        sound(len(head) >= 104, "the header is too short")
         incompatible, compatible = struct.unpack_from(">QQ", head, 72)
         refcount_order, header_len = struct.unpack_from(">II", head, 96)
-        if refcount_order > 6:
-            raise corrupt(f"the refcount order {refcount_order} is out of range")
-        if not 104 <= header_len <= 1 << cluster_bits:
-            raise corrupt(f"the header length {header_len} is out of range")
-        if incompatible & ~_QCOW2_KNOWN:
-            raise CloneError(
-                "NO_SUPPORT", f"{what} uses qcow2 features that are not known here: {incompatible & ~_QCOW2_KNOWN:#x}"
-            )
-        if incompatible & _QCOW2_COMPRESSION and len(head) > 104:
-            compression = {0: "zlib", 1: "zstd"}.get(head[104], "unknown")
-            if compression == "unknown":
-                raise CloneError("NO_SUPPORT", f"{what} uses compression type {head[104]}, which is not known here")
-    if l1_size and not (l1_at > 0 and l1_at + 8 * l1_size <= size):
-        raise corrupt("its L1 table lies outside the file")
-    end = backing_at or (1 << cluster_bits)
-    backing_format, bitmaps, data_file = _qcow2_extensions(fd, header_len, end, corrupt)
+        sound(refcount_order <= 6, f"the refcount order {refcount_order} is out of range")
+        sound(104 <= header_len <= cluster, f"the header length {header_len} is out of range")
+        unknown = incompatible & ~_QCOW2_KNOWN
+        sound(not unknown, f"uses qcow2 features that are not known here: {unknown:#x}", "unknown_feature")
+        compression = head[104] if header_len > 104 and len(head) > 104 else 0
+        sound(compression <= 1, f"uses compression type {compression}, which is not known here", "unknown_feature")
+        named = bool(incompatible & _QCOW2_COMPRESSION)
+        sound(named == bool(compression), "its compression type and its features contradict each other")
+    extended = bool(incompatible & _QCOW2_EXTENDED_L2)
+    sound(not extended or cluster_bits >= 14, f"clusters of {cluster} bytes have no subclusters")
+    # What one entry of the L1 table leads to: a cluster full of entries of 8 bytes, or of 16 where they have subclusters.
+    reach = cluster * (cluster // (16 if extended else 8))
+    enough = capacity < 1 << 63 and -(-capacity // reach) <= l1_size <= (32 << 20) // 8
+    sound(enough, f"the capacity of {capacity} bytes and an L1 table of {l1_size} entries do not go together", "capacity")
+    sound(0 < refcount_clusters <= (8 << 20) // cluster, f"a refcount table of {refcount_clusters} clusters is out of range")
+    sound(snapshots <= 65536, f"{snapshots} snapshots are out of range")
+    for at, length, part in (
+        (l1_at, 8 * l1_size, "its L1 table"),
+        # May end in a part of a cluster that nobody has written.
+        (refcounts_at, 8, "its refcount table"),
+        (snapshots_at, 40 * snapshots, "its list of snapshots"),
+    ):
+        if length:
+            reader.inside(at, length, part)
+            sound(at > 0 and at % cluster == 0, f"{part} is not at the start of a cluster, or overlaps the header")
     backing = None
     if backing_at:
-        if not 0 < backing_len <= 1023 or backing_at + backing_len > min(size, 1 << cluster_bits):
-            raise corrupt("the name of its backing file lies outside the header")
-        backing = os.fsdecode(os.pread(fd, backing_len, backing_at))
-    unclean = "corrupt" if incompatible & _QCOW2_CORRUPT else "dirty" if incompatible & _QCOW2_DIRTY else None
+        within = header_len <= backing_at and 0 < backing_len <= 1023 and backing_at + backing_len <= min(size, cluster)
+        sound(within, "the name of its backing file lies outside the header", "out_of_file")
+        backing = os.fsdecode(reader.need(backing_at, backing_len, "the name of its backing file"))
+    backing_format, bitmaps, data_file = _qcow2_extensions(reader, header_len, backing_at or cluster)
     return Image(
         "qcow2",
         capacity,
@@ -192,93 +211,37 @@ def read_qcow2(fd: int, size: int, what: str) -> Image:
         backing_format,
         Qcow2Features(
             "1.1" if version == 3 else "0.10",
-            1 << cluster_bits,
+            cluster,
             bool(compatible & _QCOW2_LAZY_REFCOUNTS),
-            bool(incompatible & _QCOW2_EXTENDED_L2),
-            compression,
+            extended,
+            "zstd" if compression else "zlib",
             1 << refcount_order,
         ),
         snapshots,
         bitmaps,
         encrypted=bool(crypt),
         data_file=data_file if incompatible & _QCOW2_DATA_FILE else None,
-        unclean=unclean,
+        unclean="corrupt" if incompatible & _QCOW2_CORRUPT else "dirty" if incompatible & _QCOW2_DIRTY else None,
     )
 
 
-def _qcow2_extensions(
-    fd: int, start: int, end: int, corrupt: t.Callable[[str], CloneError]
-) -> t.Tuple[t.Optional[str], int, str]:
+def _qcow2_extensions(reader: Reader, start: int, end: int) -> t.Tuple[t.Optional[str], int, str]:
     """Backing format, number of bitmaps and name of the data file from the header extensions."""
-    backing_format, bitmaps, data_file, at = None, 0, "", start
+    backing_format: t.Optional[str] = None
+    bitmaps, data_file, at = 0, "", start
     while at + 8 <= end:
-        raw = os.pread(fd, 8, at)
+        raw = reader.read(at, 8)
         if len(raw) < 8:
             break
         kind, length = struct.unpack(">II", raw)
         if kind == _EXT_END:
             break
-        if at + 8 + length > end:
-            raise corrupt("a header extension is longer than the header")
+        reader.sound(at + 8 + length <= end, "a header extension is longer than the header", "out_of_file")
         if kind == _EXT_BACKING_FORMAT:
-            backing_format = os.pread(fd, min(length, 64), at + 8).decode("ascii", "replace")
+            backing_format = reader.read(at + 8, min(length, 64)).decode("ascii", "replace")
         elif kind == _EXT_BITMAPS and length >= 4:
-            bitmaps = struct.unpack(">I", os.pread(fd, 4, at + 8))[0]
+            bitmaps = int.from_bytes(reader.read(at + 8, 4), "big")
         elif kind == _EXT_DATA_FILE:
-            data_file = os.fsdecode(os.pread(fd, min(length, 4096), at + 8).split(b"\0", 1)[0])
+            data_file = os.fsdecode(reader.read(at + 8, min(length, 4096)).split(b"\0", 1)[0])
         at += 8 + -(-length // 8) * 8
     return backing_format, bitmaps, data_file
-
-
-def refuse_parents(fd: int, image_format: str, what: str) -> None:
-    """Refuse images of foreign formats that are parts of something larger.
-
-    qemu-img opens the extents of a vmdk descriptor wherever they lie (CVE-2022-47951), and reads a differencing VHD or
-    VDI as if it were whole. None of them stands alone, so none can be a source.
-    """
-    if image_format == "vmdk":
-        _refuse_vmdk_references(fd, what)
-    elif image_format == "vdi":
-        kind = struct.unpack("<I", os.pread(fd, 4, 0x4C).ljust(4, b"\0"))[0]
-        if kind not in (1, 2):
-            raise CloneError("UNSAFE_IMAGE", f"{what} is a VDI of type {kind}, which needs a parent image")
-    elif image_format == "vpc":
-        footer = os.pread(fd, SECTOR, 0)
-        if footer[:8] == b"conectix" and struct.unpack_from(">I", footer, 60)[0] not in (2, 3):
-            raise CloneError("UNSAFE_IMAGE", f"{what} is a differencing VHD, which needs a parent image")
-
-
-def _refuse_vmdk_references(fd: int, what: str) -> None:
-    head = os.pread(fd, SECTOR, 0)
-    if head[:4] != b"KDMV":
-        raise CloneError("UNSAFE_IMAGE", f"{what} is a vmdk that keeps its data in other files")
-    if head[12:20] == bytes(8):
-        # QEMU then takes the descriptor inside for a list of other files, by its own rules of reading it.
-        raise CloneError("UNSAFE_IMAGE", f"{what} is a vmdk without a capacity of its own, which keeps its data in other files")
-    at, sectors = struct.unpack_from("<QQ", head, 28)
-    # QEMU reads 20 sectors whatever the header says (vmdk.c, DESC_SIZE).
-    text = os.pread(fd, min(max(sectors, 20) * SECTOR, 64 * 1024), at * SECTOR) if at else b""
-    descriptor = text.split(b"\0", 1)[0].decode("utf-8", "replace").lower()
-    kind = next((line.split("=", 1)[1].strip(' "\r') for line in descriptor.split("\n") if line.startswith("createtype")), "")
-    if kind not in ("monolithicsparse", "streamoptimized"):
-        raise CloneError("UNSAFE_IMAGE", f"{what} is a vmdk of type {kind or 'unknown'!r}, which keeps its data in other files")
-    if "parentfilenamehint" in descriptor:
-        raise CloneError("UNSAFE_IMAGE", f"{what} is a vmdk that needs a parent image")
-
-
-def vmdk_references(fd: int) -> t.Tuple[str, ...]:
-    """The extents and the parent of a vmdk, as its descriptor records them.
-
-    QEMU looks for extents in a descriptor inside an image only where the image has no capacity of its own (vmdk_open_vmdk4);
-    else the one extent is the image itself, by the name that it was made with.
-    """
-    head = os.pread(fd, SECTOR, 0)
-    at, patterns = 0, [_VMDK_EXTENT, _VMDK_PARENT]
-    if head[:4] == b"KDMV":
-        at = struct.unpack("<Q", head[28:36].ljust(8, b"\0"))[0] * SECTOR
-        if head[12:20] != bytes(8):
-            patterns.remove(_VMDK_EXTENT)
-    if head[:4] == b"COWD" or not 0 <= at < 1 << 62 or (at == 0 and head[:4] == b"KDMV"):
-        return ()
-    descriptor = os.pread(fd, _VMDK_DESCRIPTOR, at).split(b"\0", 1)[0]
-    return tuple(os.fsdecode(name) for pattern in patterns for name in pattern.findall(descriptor))

@@ -10,19 +10,29 @@ with its parent. So no name is looked up twice, nothing is probed, and a killed 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import signal
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import _process
 from .._errors import CloneError
+from .gate import refusal
 from .probe import Image, Qcow2Features
 
 # qemu's file-posix.c: 'Failed to get shared "write" lock'. The word alone would also match "block".
 _LOCKED = re.compile(r'Failed to get (?:shared )?"[a-z ]+" lock')
 
+
+# A node on the network, as Layer.node spells it out. Nothing else may connect to anything.
+_NETWORK = re.compile(r'(?:"driver": "|driver=)(?:rbd|iscsi)\b')
+# What fails for a reason that is not in the image.
+_OF_THE_HOST = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE)
+# Of its limit of memory: block/qcow2.c and others, and GLib, which aborts.
+_TOO_LARGE = re.compile("[Cc]annot allocate memory|[Cc]ould not allocate|failed to allocate")
 
 # Formats with a backing store, of which "null" says that there is none.
 _BACKED = ("qcow2", "qed", "qcow", "vmdk")
@@ -248,23 +258,35 @@ class QemuImg:
         :param quick: limit its processor time too (for headers only: a conversion may take hours)
         :param file_limit: largest file in bytes that it may write
         """
-        status, out, err = _process.run([self.program, *arguments], names, watch, quick, file_limit)
+        network = any(_NETWORK.search(argument) for argument in arguments)
+        status, out, err = _process.run([self.program, *arguments], names, watch, quick, file_limit, network=network)
         if status not in accept:
             raise _failure(status, err, names, doing)
         return status, out
 
-    def read(self, layer: Layer, name: str, watch: t.Callable[[], None]) -> Image:
-        """Describe an image of any format by ``qemu-img info``; its own format is given, never probed."""
-        out = self.run(info(layer), {layer.fd: name}, f"reading {name} as {layer.format}", watch, quick=True)[1]
-        described = json.loads(out)
-        return Image(
-            layer.format,
-            int(described["virtual-size"]),
-            described.get("backing-filename"),
-            described.get("backing-filename-format"),
-            encrypted=bool(described.get("encrypted")),
-            unclean="dirty" if described.get("dirty-flag") else None,
-        )
+    def read(self, layer: Layer, header: Image, name: str, watch: t.Callable[[], None]) -> Image:
+        """Open an image of any format by ``qemu-img info``, its format given, never probed, and hold that against its header.
+
+        :param header: what was read there by our own means
+        :raises CloneError: ``unreadable`` where it cannot be opened, ``header`` where two readers understand it in two ways
+        """
+        if header.unclean:
+            # Some of these qemu-img does not open.
+            return header
+        doing = f"reading {name} as {layer.format}"
+        try:
+            described = json.loads(self.run(info(layer), {layer.fd: name}, doing, watch, quick=True)[1])
+        except CloneError as exc:
+            if exc.code != "IO_ERROR" or any(os.strerror(number) in exc.msg for number in _OF_THE_HOST):
+                raise
+            raise refusal("unreadable", exc.msg) from exc
+        capacity = int(described["virtual-size"])
+        if layer.format == "vpc":
+            # It may be told by the number of its cylinders (vpc_open).
+            return replace(header, capacity=capacity)
+        if (capacity, "backing-filename" in described) != (header.capacity, header.backing is not None):
+            raise refusal("header", f"{doing} failed: qemu-img finds {capacity} bytes, its header says {header.capacity}")
+        return header
 
 
 def _failure(status: int, stderr: str, names: t.Mapping[int, str], doing: str) -> CloneError:
@@ -275,6 +297,8 @@ def _failure(status: int, stderr: str, names: t.Mapping[int, str], doing: str) -
     text = "; ".join(line.replace("qemu-img: ", "", 1) for line in text.splitlines()[-3:]) or f"exit status {status}"
     if status < 0:
         text = f"qemu-img was ended by signal {signal.Signals(-status).name}" + (f" ({text})" if stderr.strip() else "")
+    if status == -signal.SIGXCPU or _TOO_LARGE.search(text):
+        return refusal("too_costly", f"{doing} failed: {text}")
     if _LOCKED.search(text):
         return CloneError("IN_USE", f"{doing} failed: another process has the image open ({text})")
     if "No space left on device" in text or "Disk quota exceeded" in text:

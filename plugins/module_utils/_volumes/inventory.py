@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from .._deadline import Deadline
 from .._errors import CloneError, from_os_error
-from .._images import probe
+from .._images import foreign, probe
 from .._images.probe import Image
 from .._images.qemu_img import Layer, QemuImg
 from .._names import is_staged_name
@@ -29,7 +29,7 @@ from .._pools.libvirt import Connection, LibvirtPool
 from .._transfer import guards, staging
 from . import entry
 
-# Formats that record a backing store which is followed here. A vmdk that has one is refused by probe.refuse_parents.
+# Formats that record a backing store which is followed here. A vmdk that has one is refused by foreign.read.
 _BACKED = ("qcow2", "qed", "qcow")
 # Read from the header alone; the others cost a process each.
 _CHEAP = ("raw", "qcow2")
@@ -189,7 +189,7 @@ class Inventory:
             volume = replace(volume, label=staging.get_label(fd), held_by_qemu=guards.held_by_qemu(fd))
         try:
             found = probe.detect(fd, volume.status.st_size)
-            volume = replace(volume, magics=found, references=probe.vmdk_references(fd) if "vmdk" in found else ())
+            volume = replace(volume, magics=found, references=foreign.vmdk_references(fd) if "vmdk" in found else ())
             volume = replace(volume, format=_told_format(found, volume.what))
             if asked or volume.format in _CHEAP or volume.format in _BACKED:
                 volume = replace(volume, image=self._image(volume, fd, t.cast(str, volume.format), found))
@@ -205,9 +205,9 @@ class Inventory:
             return probe.read_raw(size, found, os.pread(fd, 8, 0))
         if image_format == "qcow2":
             return probe.read_qcow2(fd, size, volume.what)
-        probe.refuse_parents(fd, image_format, volume.what)
         what = volume.what
-        return self._qemu.read(Layer(fd, image_format), what, lambda: self._deadline.check(f"reading {what}"))
+        header = foreign.read(fd, size, image_format, what)
+        return self._qemu.read(Layer(fd, image_format), header, what, lambda: self._deadline.check(f"reading {what}"))
 
     # --- how they hang together -----------------------------------------------------------------------------------------
 

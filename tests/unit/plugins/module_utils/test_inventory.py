@@ -24,8 +24,8 @@ MIB = 1 << 20
 def with_data_file(name):
     """A header of version 3 whose data lies in another file; an empty name is none."""
     extension = struct.pack(">II", 0x44415441, len(name)) + name.encode().ljust(-(-len(name) // 8) * 8, b"\0") if name else b""
-    head = b"QFI\xfb" + struct.pack(">IQIIQIIQQIIQQQQII", 3, 0, 0, 16, MIB, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 4, 104)
-    return (head + extension).ljust(4096, b"\0")
+    head = b"QFI\xfb" + struct.pack(">IQIIQIIQQIIQQQQII", 3, 0, 0, 12, MIB, 0, 1, 12288, 4096, 1, 0, 0, 4, 0, 0, 4, 104)
+    return (head + extension).ljust(16384, b"\0")
 
 
 def qcow2(backing=None, backing_format=None):
@@ -37,8 +37,8 @@ def qcow2(backing=None, backing_format=None):
         extension = struct.pack(">II", 0xE2792ACA, len(text)) + text.ljust(-(-len(text) // 8) * 8, b"\0")
     extension += bytes(8)
     at = 72 + len(extension) if name else 0
-    head = b"QFI\xfb" + struct.pack(">IQIIQIIQQIIQ", 2, at, len(name), 16, MIB, 0, 0, 0, 0, 0, 0, 0)
-    return (head + extension + name).ljust(4096, b"\0")
+    head = b"QFI\xfb" + struct.pack(">IQIIQIIQQIIQ", 2, at, len(name), 12, MIB, 0, 1, 12288, 4096, 1, 0, 0)
+    return (head + extension + name).ljust(16384, b"\0")
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_backing_store_is_what_the_image_above_has_it_read_as(describe):
     [
         (b"QFI\xfb\0\0\0\2", "CORRUPT_IMAGE", "qcow2"),
         (qcow2()[:20] + b"\xff" + qcow2()[21:], "CORRUPT_IMAGE", "qcow2"),
-        (b"QFI\xfb\0\0\0\x09".ljust(200, b"\0"), "CORRUPT_IMAGE", "qcow2"),
+        (b"QFI\xfb\0\0\0\x09".ljust(200, b"\0"), "UNSAFE_IMAGE", "qcow2"),
         (bytes(512) + b"conectix".ljust(512, b"\0"), "UNSAFE_IMAGE", None),
         (b'# Disk DescriptorFile\nRW 1 FLAT "/etc/shadow" 0\n', "UNSAFE_IMAGE", "vmdk"),
     ],

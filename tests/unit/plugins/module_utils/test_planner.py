@@ -201,6 +201,17 @@ def test_growing_and_permissions_go_together():
     assert result.actions == ["grown", "permissions"]
 
 
+@pytest.mark.parametrize("stated", [{"capacity": 300 * MIB}, {"mode": Mode("0600")}, {"owner": 7}])
+def test_what_has_a_name_elsewhere_is_not_changed_in_place(stated):
+    known = facts(image(), image())
+    known = replace(known, target=replace(known.target, linked_elsewhere=True))
+    with pytest.raises(CloneError, match="further name outside the pools") as refusal:
+        planner.plan(request(**stated), known)
+    assert refusal.value.code == "UNSAFE_IMAGE"
+    assert planner.plan(request(), known).actions == []
+    assert planner.plan(request(format="raw", force=True), known).actions == ["replaced"]
+
+
 def test_stated_permissions_that_differ_are_set():
     result = plan(source=image(), target=image(), owner=7, group=108, mode=Mode("o+r"))
     (step,) = result.steps
