@@ -215,7 +215,7 @@ def test_what_is_changed_in_place_has_no_other_name_outside(pool, raw, outside):
 def test_a_source_that_is_swapped_for_a_link_all_the_time(pool, raw, outside):
     """By turns it is a file of its own, a symbolic link and a hard link to the file outside."""
     _directory, canary = outside
-    asked = [{"pool": pool, "source": "turning", "name": f"stolen{number}"} for number in range(60)]
+    asked = [{"pool": pool, "source": "turning", "name": f"stolen{number}"} for number in range(30)]
     stop = threading.Event()
 
     def turn():
