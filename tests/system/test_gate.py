@@ -215,7 +215,7 @@ def test_what_is_changed_in_place_has_no_other_name_outside(pool, raw, outside):
 def test_a_source_that_is_swapped_for_a_link_all_the_time(pool, raw, outside):
     """By turns it is a file of its own, a symbolic link and a hard link to the file outside."""
     _directory, canary = outside
-    asked = [{"pool": pool, "source": "turning", "name": f"stolen{number}"} for number in range(60)]
+    asked = [{"pool": pool, "source": "turning", "name": f"stolen{number}"} for number in range(30)]
     stop = threading.Event()
 
     def turn():
@@ -244,7 +244,7 @@ def test_a_source_that_is_swapped_for_a_link_all_the_time(pool, raw, outside):
     for number, result in enumerate(results):
         if result.get("failed"):
             # A name may be gone at the very moment, too.
-            assert result["error_code"] in ("UNSAFE_IMAGE", "INVALID_ARG", "NO_STORAGE_VOL", "IN_USE"), result
+            assert result["error_code"] in ("UNSAFE_IMAGE", "INVALID_ARG", "NO_STORAGE_VOL", "IN_USE"), result["msg"]
         else:
             assert (pool / f"stolen{number}").read_bytes() == raw.read_bytes()
     assert {result.get("error_code") for result in results} >= {"UNSAFE_IMAGE"}

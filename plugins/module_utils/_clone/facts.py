@@ -52,6 +52,7 @@ _BTRFS = 0x9123683E
 # Another run that has just looked, or libvirt refreshing the pool, has the file open for a moment; on a busy host, where many
 # runs start at once, for more than one.
 _MOMENT, _LONG_MOMENT = 1.0, 4.0
+_TICK = 20_000_000  # ns
 # Facts that are the same for all clones of a source.
 _OF_THE_SOURCE = ("source_writers", "source_corrupt", "unshareable", "checked")
 
@@ -270,10 +271,10 @@ class Scene:
         status = pool.lstat(name)
         path = facts.path
         if status is not None and stat.S_ISLNK(status.st_mode):
-            path = os.path.realpath(path)
+            path = _real_path(path, facts.what)
             if os.path.lexists(path):
                 self._refuse_outside("symbolic_link", path, f"{facts.what} is a symbolic link to {path!r}")
-        return self._open_source(replace(facts, key=self._key_of(os.path.realpath(path))), path, pool)
+        return self._open_source(replace(facts, key=self._key_of(_real_path(path, facts.what))), path, pool)
 
     # --- a source from outside ------------------------------------------------------------------------------------------
 
@@ -694,7 +695,17 @@ class Scene:
             raise FileNotFoundError(path)
         if isinstance(pool, DevicePool):
             return _open_image(path, what)
-        return _open_image(os.path.basename(path), what, pool.fd, lambda status: self._refuse_hard_link(status, what))
+        name = os.path.basename(path)
+
+        def judge(held: os.stat_result) -> None:
+            for _time in range(2):
+                # Held by one of two names that was then taken away, it would look like a file that never had another.
+                status = pool.lstat(name)
+                if status is None or not os.path.samestat(status, held):
+                    raise CloneError("IN_USE", f"{what} was replaced while it was looked at")
+                self._refuse_hard_link(status, what)
+
+        return _open_image(name, what, pool.fd, judge)
 
     def _refuse_hard_link(self, status: os.stat_result, what: str) -> None:
         """Refuse a file that has more names than the pools have of it: who put it there may have had it from anywhere."""
@@ -707,11 +718,20 @@ class Scene:
     def _linked_elsewhere(self, status: os.stat_result) -> bool:
         if not stat.S_ISREG(status.st_mode) or status.st_nlink < 2:
             return False
-        names: t.Set[t.Tuple[t.Any, ...]] = set()
-        for pool in self._pools.values():
-            found = pool.names_of(status)
-            names.update((*_identity(os.fstat(pool.fd)), name) for name in found)
-        return len(names) < status.st_nlink
+        pools = [pool for pool in self._pools.values() if not isinstance(pool, (DevicePool, RemotePool))]
+        end = time.monotonic() + _MOMENT
+        while True:
+            begun = time.time_ns()
+            before = [os.fstat(pool.fd) for pool in pools]
+            names: t.Dict[t.Tuple[t.Any, ...], int] = {}
+            for pool, directory in zip(pools, before):
+                names.update({(*_identity(directory), name): links for name, links in pool.names_of(status)})
+            changes = [directory.st_ctime_ns for directory in before]
+            # A name that changes while it is counted would count twice. The kernel's clock for files may lag by 10 ms.
+            quiet = changes == [os.fstat(pool.fd).st_ctime_ns for pool in pools] and max(changes, default=0) < begun - _TICK
+            if quiet or time.monotonic() > end:
+                return not quiet or len(names) < max(status.st_nlink, *names.values(), 0)
+            time.sleep(2 * _TICK / 1e9)
 
     def _refuse_outside(self, check: str, path: str, why: str) -> None:
         if not self._inside(path):
@@ -1177,6 +1197,14 @@ def _open_image(
         if exc.errno in (errno.ENOENT, errno.ENOTDIR):
             raise FileNotFoundError from exc
         raise from_os_error(exc, f"opening {what}") from exc
+
+
+def _real_path(path: str, what: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except OSError as exc:
+        # It was a link when it was looked at, and then was none.
+        raise CloneError("IN_USE", f"{what} was replaced while it was looked at") from exc
 
 
 def _path_of(fd: int) -> str:

@@ -80,17 +80,14 @@ class DirectoryPool:
                 "OPERATION_DENIED", f"pool {self.name!r}: this user may not look into {self.path!r}; use become"
             ) from exc
 
-    def names_of(self, status: os.stat_result) -> t.List[str]:
-        """Every name that a file has in the pool; none where this user may not list it."""
+    def names_of(self, status: os.stat_result) -> t.List[t.Tuple[str, int]]:
+        """Every name that a file has in the pool, and how many it has in all; none where this user may not list it."""
         try:
             with os.scandir(self.fd) as listed:
-                return [item.name for item in listed if self._is(item.name, status)]
+                known = [(item.name, self.lstat(item.name)) for item in listed]
         except OSError:
             return []
-
-    def _is(self, name: str, status: os.stat_result) -> bool:
-        found = self.lstat(name)
-        return found is not None and os.path.samestat(found, status)
+        return [(name, found.st_nlink) for name, found in known if found is not None and os.path.samestat(found, status)]
 
     def contains(self, path: str) -> bool:
         """Whether the real path ``path`` is a file directly in this pool."""
