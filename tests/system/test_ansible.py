@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,11 +132,22 @@ def test_the_documentation_is_readable():
     assert len(yaml.safe_load(document["examples"])) >= 4
 
 
+@pytest.fixture
+def ansible_here(ansible_adhoc):
+    """Ansible in this process, which keeps its signals and standard streams from the processes started later."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield ansible_adhoc
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for fd in range(3):
+        os.set_inheritable(fd, True)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_by_pytest_ansible(ansible_adhoc, pool, raw):
+def test_by_pytest_ansible(ansible_here, pool, raw, monkeypatch):
     """One call through pytest-ansible's own fixture: the collection works there too."""
-    host = ansible_adhoc(inventory="localhost,", host_pattern="localhost", connection="local")
-    os.environ["ANSIBLE_PYTHON_INTERPRETER"] = sys.executable
+    host = ansible_here(inventory="localhost,", host_pattern="localhost", connection="local")
+    monkeypatch.setenv("ANSIBLE_PYTHON_INTERPRETER", sys.executable)
     call = getattr(host.all, "virtforge.libvirt.storage_volume_clone")
     for actions in (["created"], []):
         result = call(pool=str(pool), source="base.raw", name="web").contacted["localhost"]
