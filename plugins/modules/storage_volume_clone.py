@@ -215,7 +215,7 @@ options:
     default: fail
   max_capacity:
     description:
-      - A source that claims to be larger is refused.
+      - A source that claims to be larger is refused, and so is one with a larger image below it.
     type: str
     default: 64TiB
   bwlimit:

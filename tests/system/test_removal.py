@@ -552,7 +552,7 @@ def test_another_file_that_has_got_the_name_is_kept(pool, raw):
 def test_a_busy_pool_is_waited_for(libvirt_pool, pool, raw):
     """libvirt refuses to look at the pool while it clones by itself; that reads every hole."""
     with open(pool / "slow.raw", "wb") as file:
-        file.truncate(3 << 30)
+        file.truncate(9 << 30)
     virsh("pool-refresh", libvirt_pool)
     with subprocess.Popen(["virsh", "-q", "vol-clone", "slow.raw", "slow2.raw", "--pool", libvirt_pool]) as slow:
         harness.wait_until(lambda: harness.virsh_status("pool-refresh", libvirt_pool) != 0)
