@@ -10,7 +10,7 @@ help:
 	@echo "make demo   clone volumes in directory pools, twice; the second run changes nothing"
 	@echo "make test   all tests and lint; as root, they start a libvirtd of their own"
 	@echo "make lint   ansible-lint, ruff, mypy, changelog"
-	@echo "make bench  measure clones side by side with virsh, qemu-img, cp and virt_volume; as root, about 12 minutes"
+	@echo "make bench  measure clones side by side with virsh, qemu-img, cp and virt_volume; as root, about 15 minutes"
 	@echo "make docs   write the reference pages in docs/reference anew, from what the modules say of themselves"
 
 demo:
