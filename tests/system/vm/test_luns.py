@@ -32,9 +32,8 @@ def marked(path):
 
 @pytest.fixture
 def iscsi(libvirtd, initiator):
-    source = ["--source-host", f"{initiator.host}:{initiator.port}", "--source-dev", initiator.target]
-    virsh("pool-define-as", "by-iscsi", "iscsi", *source, "--target", "/dev/disk/by-path")
-    virsh("pool-start", "by-iscsi")
+    source = {"hosts": [{"name": initiator.host, "port": initiator.port}], "devices": [initiator.target]}
+    clone("storage_pool", name="by-iscsi", type="iscsi", pool_source=source)
     yield "by-iscsi"
     remove_pool("by-iscsi")
 
