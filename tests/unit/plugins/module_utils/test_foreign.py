@@ -9,27 +9,11 @@ Every field of every header is tried by tests/system/test_gate.py, on images tha
 
 from __future__ import annotations
 
-import os
 import struct
 
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images import foreign, gate
-
-
-@pytest.fixture
-def open_file(tmp_path):
-    opened = []
-
-    def make(data):
-        path = tmp_path / "image"
-        path.write_bytes(data)
-        opened.append(os.open(str(path), os.O_RDONLY))
-        return opened[-1]
-
-    yield make
-    for fd in opened:
-        os.close(fd)
 
 
 def vmdk(descriptor, capacity=8):

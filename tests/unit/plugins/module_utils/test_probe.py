@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 
 import pytest
@@ -16,21 +15,6 @@ from ansible_collections.virtforge.libvirt.plugins.module_utils._images import g
 FOOTER = b"conectix" + bytes(504)
 #: one partition of Linux, and the mark of a boot sector
 PARTITIONS = (b"\x80\0\2\0\x83" + bytes(11)).ljust(64, b"\0") + b"\x55\xaa"
-
-
-@pytest.fixture
-def open_file(tmp_path):
-    opened = []
-
-    def make(data):
-        path = tmp_path / "image"
-        path.write_bytes(data)
-        opened.append(os.open(str(path), os.O_RDONLY))
-        return opened[-1]
-
-    yield make
-    for fd in opened:
-        os.close(fd)
 
 
 def vdi_at(data):
