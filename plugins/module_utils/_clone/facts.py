@@ -305,8 +305,8 @@ class Scene:
         image = self._add_layer(self.layers, fd, facts.what, path, False, self.request.source_format)
         self.layers[0].own = True
         if image.backing is not None:
-            raise CloneError(
-                "UNSAFE_IMAGE",
+            raise refusal(
+                "backing_file",
                 f"{facts.what} has the backing store {image.backing[:200]!r}: an image from outside stands alone",
             )
         return replace(facts, image=image, pending="", cache=self._intake.cache)
