@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 from conftest import DOMAIN, remove_pool
-from harness import MIB, clone, held, module, refused, result_of, run, settle, start, virsh, warnings
+from harness import MIB, clone, held, module, refused, result_of, run, settle, start, virsh, warnings, zeros
 
 VOLUME, INFO = "storage_volume", "storage_volume_info"
 ABSENT = {"state": "absent"}
@@ -57,7 +57,7 @@ def test_the_life_of_a_partition(disk):
     result = settle(VOLUME, pool=pool, name=names[0], capacity="10000000")
     assert result["actions"] == ["created"]
     # Whole MiB; nothing of what the disk held shows.
-    assert not any(read(path(1))) and len(read(path(1))) == 10 * MIB
+    assert zeros(read(path(1))) and len(read(path(1))) == 10 * MIB
     made = result["volume"]
     found = partitions(pool)[names[0]]
     assert found == {
@@ -138,7 +138,7 @@ def test_an_unfinished_partition_is_told_made_anew_and_deleted(disk):
     assert (found["error_code"], found["capacity"]) == ("CORRUPT_IMAGE", 2 * MIB)
     assert name in found["msg"] and "not finished" in found["msg"]
     assert settle(VOLUME, pool=pool, name=name, capacity="2MiB")["actions"] == ["created"]
-    assert partitions(pool)[name]["error_code"] is None and not any(read(path(1)))
+    assert partitions(pool)[name]["error_code"] is None and zeros(read(path(1)))
     write(path(1), MARK)
     assert settle(VOLUME, pool=pool, name=name, **ABSENT)["volume"]["error_code"] == "CORRUPT_IMAGE"
     assert not os.path.exists(path(1))

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from conftest import remove_pool
-from harness import MIB, clone, make_raw, module, refused, result_of, run, same_content, settle, start, virsh, wait_until
+from harness import MIB, clone, make_raw, module, refused, result_of, run, same_content, settle, start, virsh, wait_until, zeros
 
 MARK = b"virtforge.libvirt: this volume is not finished\n"
 SIZE = 256 * MIB
@@ -63,7 +63,7 @@ def disk(libvirtd, device):
 def reads_zero(path, begin):
     with open(path, "rb") as file:
         file.seek(begin)
-        return not any(file.read())
+        return zeros(file.read())
 
 
 def head(path):
