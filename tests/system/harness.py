@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -229,8 +229,11 @@ def source_paths(params):
 
 
 def data_of(path):
-    """Hash of a file's data, in which zeros and holes count as the same: writeback moves the holes' edges."""
-    digest = hashlib.sha256()
+    """Hash of a file's data, in which zeros and holes count as the same: writeback moves the holes' edges.
+
+    Python's own hash, good in this process only, takes an emulated processor a twentieth of what SHA-256 takes.
+    """
+    digest = 0
     fd = os.open(path, os.O_RDONLY)
     try:
         size, at = os.fstat(fd).st_size, 0
@@ -241,11 +244,11 @@ def data_of(path):
                 break
             block = os.pread(fd, MIB, at)
             if block.count(0) != len(block):
-                digest.update(b"%d" % at + block)
+                digest = hash((digest, at, block))
             at += MIB
     finally:
         os.close(fd)
-    return digest.hexdigest()
+    return digest
 
 
 def flags_of(path):
@@ -333,7 +336,7 @@ def zeros(data):
 
 
 def noise(length, seed=0):
-    return hashlib.shake_256(b"%d" % seed).digest(length)
+    return random.Random(seed).randbytes(length)
 
 
 @contextlib.contextmanager

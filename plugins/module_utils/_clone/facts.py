@@ -141,7 +141,9 @@ class Scene:
             self._connection.close()
 
     def close_files(self) -> None:
-        """Let go of every image that is this scene's own; :meth:`gather` opens them again."""
+        """Let go of every image that is this scene's own, and of what was read of the pools; :meth:`gather` looks again."""
+        for pool in self._pools.values():
+            pool.look_again()
         if self._first is None:
             _close_all(self.layers)
             self.told.clear()

@@ -265,6 +265,7 @@ class DevicePool(LibvirtPool):
 
         :raises FileExistsError: when the name is taken and ``replaces`` is not set: of two at once, one creates
         """
+        self.look_again()
         old = self._unfinished_name()
         replaces = replaces and self.volume(name) is not None
         if replaces:
@@ -360,17 +361,31 @@ class LogicalPool(DevicePool):
 
     removes_dependents = True
 
+    def __init__(self, *described: t.Any) -> None:
+        super().__init__(*described)
+        self._group = ""
+        # A report takes LVM as long as a small copy, and longer the more disks the host has.
+        self._rows: t.Optional[t.List[t.Dict[str, str]]] = None
+
+    def look_again(self) -> None:
+        self._rows = None
+
     @property
     def group(self) -> str:
-        described = self.definition()
-        return described.source.name or self.name
+        self._group = self._group or self.definition().source.name or self.name
+        return self._group
 
     @property
     def granularity(self) -> int:  # type: ignore[override]
-        return int(self._report("vgs", "vg_extent_size", self.group)[0]["vg_extent_size"])
+        return self._of_the_group("vg_extent_size")
 
     def available(self) -> int:
-        return int(self._report("vgs", "vg_free", self.group)[0]["vg_free"])
+        return self._of_the_group("vg_free")
+
+    def _of_the_group(self, field: str) -> int:
+        # lvs says nothing of a group without volumes.
+        rows = self._listed() or self._report("vgs", field, self.group)
+        return int(rows[0][field])
 
     def volume(self, name: str) -> t.Optional[Device]:
         return next((one for one in self._devices() if one.name == name), None)
@@ -383,11 +398,17 @@ class LogicalPool(DevicePool):
 
     def _devices(self) -> t.List[Device]:
         """What LVM knows: libvirt learns of what others made only when it looks again."""
-        fields = "lv_name,lv_path,lv_size,lv_attr,origin,origin_size,pool_lv,data_percent,lv_tags"
-        rows = self._report("lvs", fields, self.group)
+        rows = self._listed()
         thin_pools = {row["lv_name"]: row["pool_lv"] for row in rows}
         # The first attribute tells pools, metadata and the parts of mirrors from what has data of its own (lvs(8)).
         return [_logical_volume(row, thin_pools) for row in rows if row["lv_attr"][0] in "-oOmMrRsSV" and row["lv_path"]]
+
+    def _listed(self) -> t.List[t.Dict[str, str]]:
+        """The volumes as lvs tells them, each with what is the same for all of the group."""
+        if self._rows is None:
+            fields = "lv_name,lv_path,lv_size,lv_attr,origin,origin_size,pool_lv,data_percent,lv_tags,vg_extent_size,vg_free"
+            self._rows = self._report("lvs", fields, self.group)
+        return self._rows
 
     def space_for(self, capacity: int, target: t.Optional[Device]) -> int:
         # The old one is there until the new one is whole.
@@ -446,41 +467,43 @@ class LogicalPool(DevicePool):
         name = self._unfinished_name()
         with locks.Locks([], [self.lock_key(name)], Deadline(60, "lock_timeout"), "making a logical volume"):
             try:
-                self._lvm("making a logical volume", "lvcreate", "-y", "-q", "-n", name, *arguments)
+                self._change("making a logical volume", "lvcreate", "-y", "-q", "-n", name, *arguments)
                 device = self.volume(name)
                 if device is None:
                     raise CloneError("IO_ERROR", f"pool {self.name!r}: lvcreate made no volume")
                 yield device
-            finally:
+            except BaseException:
+                self.look_again()
                 if self.volume(name) is not None:
                     self.remove(name)
+                raise
 
     def _rename(self, name: str, other: str) -> None:
-        self._lvm(f"naming the logical volume {other!r}", "lvrename", "-q", self.group, name, other)
+        self._change(f"naming the logical volume {other!r}", "lvrename", "-q", self.group, name, other)
 
     def remove(self, name: str) -> None:
-        self._lvm(f"deleting the logical volume {name!r}", "lvremove", "-f", "-q", f"{self.group}/{name}")
+        self._change(f"deleting the logical volume {name!r}", "lvremove", "-f", "-q", f"{self.group}/{name}")
 
     def grow(self, device: Device, capacity: int) -> None:
         """What is added reads as it did on the disk, until :meth:`zeroed`: a tag says so, whatever happens."""
         where = f"{self.group}/{device.name}"
         if not device.thin_pool and device.zero_from is None:
-            self._lvm(f"growing {where}", "lvchange", "-q", "--addtag", f"{_GROWING}{device.capacity}", where)
+            self._change(f"growing {where}", "lvchange", "-q", "--addtag", f"{_GROWING}{device.capacity}", where)
         if device.capacity == capacity:
             # By a run that was killed before it zeroed what it had added.
             return
         try:
-            self._lvm(f"growing {where}", "lvextend", "-q", "-L", f"{capacity}b", where)
+            self._change(f"growing {where}", "lvextend", "-q", "-L", f"{capacity}b", where)
         except CloneError:
             # It is as large as before. Left behind, the tag would have us zero what others add to it later.
             if not device.thin_pool and device.zero_from is None:
-                self._lvm(f"growing {where}", "lvchange", "-q", "--deltag", f"{_GROWING}{device.capacity}", where)
+                self._change(f"growing {where}", "lvchange", "-q", "--deltag", f"{_GROWING}{device.capacity}", where)
             raise
 
     def zeroed(self, device: Device) -> None:
         if device.zero_from is not None:
             where = f"{self.group}/{device.name}"
-            self._lvm(f"growing {where}", "lvchange", "-q", "--deltag", f"{_GROWING}{device.zero_from}", where)
+            self._change(f"growing {where}", "lvchange", "-q", "--deltag", f"{_GROWING}{device.zero_from}", where)
 
     def _sweep(self) -> None:
         """Delete what runs that are dead have left unfinished: their lock is free."""
@@ -488,10 +511,17 @@ class LogicalPool(DevicePool):
             if is_staged_name(device.name):
                 try:
                     with locks.Locks([], [self.lock_key(device.name)], Deadline(0, "lock_timeout"), ""):
+                        self.look_again()
                         if self.volume(device.name) is not None:
                             self.remove(device.name)
                 except CloneError:
                     continue
+
+    def _change(self, doing: str, program: str, *arguments: str) -> None:
+        try:
+            self._lvm(doing, program, *arguments)
+        finally:
+            self.look_again()
 
     def _report(self, program: str, fields: str, *names: str) -> t.List[t.Dict[str, str]]:
         arguments = ("--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, *names)

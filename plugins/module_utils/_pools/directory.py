@@ -114,6 +114,9 @@ class DirectoryPool:
         """Whether everybody who asks for the pool's volumes is told of all of these."""
         return True
 
+    def look_again(self) -> None:
+        """What was read of the pool may hold no longer: read it anew when it is next asked for."""
+
     def refresh(self, deadline: Deadline) -> None:
         """Make what changed on disk known."""
 

@@ -415,6 +415,7 @@ class _Device(_Scene):
 
     def look(self, patiently: bool) -> Facts:
         pool, name = self.pool, self.request.name
+        pool.look_again()
         volumes = {volume.name: volume for volume in pool.volumes()}
         volume = volumes.get(name)
         if volume is None:
@@ -449,6 +450,7 @@ class _Device(_Scene):
 
     def _refuse_change(self, what: str, doing: str) -> Device:
         """The last look."""
+        self.pool.look_again()
         volume = self.pool.volume(self.request.name)
         if volume is None:
             raise CloneError("IN_USE", f"{what} cannot be {doing}: it is gone by now")
