@@ -71,7 +71,7 @@ def host(libvirtd, gluster, hypervisor, file_systems, scratch, certificates, mon
 
     devices = {name: Device(scratch, name) for name in ("/dev/vg0/web1", "/dev/disk/by-id/virtio-vms")}
     inventory = scratch / "hosts.yml"
-    here = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"}
+    here = {"ansible_connection": "local", "ansible_python_interpreter": harness.PYTHON}
     inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": {"localhost": here}}}))
     yield inventory
     server.end()
@@ -131,7 +131,7 @@ def test_the_examples_of_a_guide(page, host, scratch):
             if "hosts" in document[0]:
                 book.write_text(text)
             else:
-                write_play(book, document, vars={"ansible_python_interpreter": "{{ ansible_playbook_python }}"})
+                write_play(book, document, vars={"ansible_python_interpreter": harness.PYTHON})
             changed = []
             for mode in (["--check"], [], []):
                 status, output = ansible_playbook("-i", host, *mode, book)
@@ -167,7 +167,7 @@ def test_the_examples_of_a_module(module, host, scratch):
         told_the_truth = f"({rounds[0]} is changed) == ({rounds[1]} is changed)"
         look = {"that": [told_the_truth, f"{rounds[2]} is not changed"]}
         tasks.append({"name": f"Look at {task['name']}", "ansible.builtin.assert": look})
-    book = write_play(scratch / "examples.yml", tasks, vars={"ansible_python_interpreter": "{{ ansible_playbook_python }}"})
+    book = write_play(scratch / "examples.yml", tasks, vars={"ansible_python_interpreter": harness.PYTHON})
     status, output = ansible_playbook("-i", host, book)
     assert status == 0, output
     assert len(examples) >= 2
