@@ -332,7 +332,7 @@ EXAMPLES = r"""
 - name: A golden image in Ceph, from a file
   virtforge.libvirt.storage_volume_clone:
     pool: ceph
-    source_path: /var/tmp/debian-13.qcow2
+    source_path: /var/lib/libvirt/images/debian-13.qcow2
     name: debian-13
 
 - name: A disk over the golden image in Ceph, made in no time

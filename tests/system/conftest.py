@@ -331,14 +331,17 @@ def gluster(scratch):
 
 @dataclass(frozen=True)
 class Ceph:
-    """A Ceph on 127.0.0.1 with the RBD pool ``pool``; ``conf`` is for its administrator, ``user`` has ``key``."""
+    """A Ceph on 127.0.0.1 with the RBD pool ``pool``; ``conf`` is for its administrator, ``user`` has ``key``.
+
+    At the port and with the pool that the documentation speaks of.
+    """
 
     conf: Path
     key: str
-    pool: str = "rbd"
+    pool: str = "vms"
     user: str = "libvirt"
     host: str = "127.0.0.1"
-    port: int = 16789
+    port: int = 3300
 
     def rbd(self, *arguments):
         return run("rbd", "-c", self.conf, *arguments, timeout=60)
@@ -349,6 +352,20 @@ def ceph(scratch):
     place = scratch / "ceph"
     with served("start-ceph", place, Ceph.pool, Ceph.port):
         yield Ceph(place / "ceph.conf", (place / "key").read_text().strip())
+
+
+@pytest.fixture
+def example_names(scratch):
+    """The hosts that the documentation speaks of."""
+    names = scratch / "names"
+    names.write_text(
+        f"{Path('/etc/hosts').read_text()}\n127.0.0.2 nas.example.com\n"
+        "127.0.0.1 kvm2.example.com cloud.example.com mon1.example.com mon2.example.com\n"
+    )
+    run("mount", "--bind", names, "/etc/hosts")
+    yield
+    run("umount", "/etc/hosts")
+    names.unlink()
 
 
 @dataclass(frozen=True)

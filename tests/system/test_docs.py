@@ -22,6 +22,7 @@ import yaml
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images.gate import CHECKS
 from harness import GIB, MIB, ROOT, run, virsh
 from plays import BIN, COLLECTIONS, ansible_playbook, counts, write_play
+from test_rbd import Pool as CephPool
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
@@ -31,18 +32,13 @@ MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("*.py
 
 
 @pytest.fixture
-def host(libvirtd, gluster, hypervisor, file_systems, scratch, certificates, monkeypatch):
+def host(libvirtd, example_names, gluster, ceph, hypervisor, file_systems, scratch, certificates, monkeypatch):
     """What the examples find: pools, images, devices, servers, another hypervisor, and an inventory with "hypervisors"."""
     place = file_systems["xfs"] / "examples"
     for name in ("srv", "home", "var/lib/libvirt/images"):
         (place / name).mkdir(parents=True)
         Path("/", name).mkdir(parents=True, exist_ok=True)
         run("mount", "--bind", place / name, f"/{name}")
-    names = scratch / "names"
-    names.write_text(
-        Path("/etc/hosts").read_text() + "127.0.0.2 nas.example.com\n127.0.0.1 kvm2.example.com cloud.example.com\n"
-    )
-    run("mount", "--bind", names, "/etc/hosts")
 
     golden = place / "golden.qcow2"
     run("qemu-img", "create", "-q", "-f", "qcow2", golden, "2G")
@@ -72,8 +68,11 @@ def host(libvirtd, gluster, hypervisor, file_systems, scratch, certificates, mon
     devices = {name: Device(scratch, name) for name in ("/dev/vg0/web1", "/dev/disk/by-id/virtio-vms")}
     inventory = scratch / "hosts.yml"
     here = {"ansible_connection": "local", "ansible_python_interpreter": harness.PYTHON}
-    inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": {"localhost": here}}}))
+    inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": {"localhost": {**here, "ceph_key": ceph.key}}}}))
+    in_ceph = CephPool(ceph, scratch, ceph.pool, name="ceph")
     yield inventory
+    in_ceph.empty()
+    in_ceph.end()
     server.end()
     for uri in ("qemu:///system", hypervisor.uri):
         for pool in virsh("pool-list", "--all", "--name", uri=uri).split():
@@ -81,7 +80,7 @@ def host(libvirtd, gluster, hypervisor, file_systems, scratch, certificates, mon
             harness.virsh_status("pool-undefine", pool, uri=uri)
     for device in devices.values():
         device.end()
-    for name in ("/etc/hosts", "/srv", "/home", "/var/lib/libvirt/images"):
+    for name in ("/srv", "/home", "/var/lib/libvirt/images"):
         run("umount", "-R", "-l", name)
     shutil.rmtree(place)
 
@@ -145,17 +144,11 @@ def test_the_examples_of_a_guide(page, host, scratch):
     assert done
 
 
-def on_ceph_or_lvm(task):
-    """The host of these tests has neither."""
-    params = next((value for key, value in task.items() if key.startswith("virtforge.")), None) or {}
-    return params.get("pool") == "ceph" or params.get("type") in ("logical", "rbd")
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_the_examples_of_a_module(module, host, scratch):
-    """Each task in check mode, for real, and a second time."""
+    """Each task in check mode, for real, and a second time. That with a volume group is in vm/test_vm_pool.py."""
     examples = yaml.safe_load(documented("module", module)["examples"])
-    examples = [task for task in examples if not on_ceph_or_lvm(task)]
+    examples = [task for task in examples if (task.get(f"virtforge.libvirt.{module}") or {}).get("type") != "logical"]
     tasks = []
     for number, task in enumerate(examples):
         if f"virtforge.libvirt.{module}" not in task:

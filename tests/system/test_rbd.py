@@ -30,8 +30,8 @@ SECRET = "<secret ephemeral='no' private='{private}'><uuid>{uuid}</uuid><usage t
 class Pool:
     """A pool of libvirt in Ceph, and what is in it, as Ceph's administrator sees that."""
 
-    def __init__(self, ceph, scratch, pool, private="no"):
-        self.ceph, self.pool, self.name = ceph, pool, f"ceph-{pool}-{private}"
+    def __init__(self, ceph, scratch, pool, private="no", name=None):
+        self.ceph, self.pool, self.name = ceph, pool, name or f"ceph-{pool}-{private}"
         self.secret = str(uuid.uuid4())
         document = scratch / f"{self.name}.xml"
         document.write_text(SECRET.format(uuid=self.secret, private=private))
@@ -373,9 +373,9 @@ def test_linked_or_not_is_told(rbd, base, raw, pool2, qcow2):
     params = {"pool": rbd.name, "source": base}
     clone(**params, name="child", clone_type="linked")
     clone(**params, name="full")
-    assert "rbd/base" in refused("DIFFERS", **params, name="child", clone_type="full")
+    assert f"{rbd.pool}/base" in refused("DIFFERS", **params, name="child", clone_type="full")
     assert "no backing store" in refused("DIFFERS", **params, name="full", clone_type="linked")
-    assert "'rbd/full'" in refused("DIFFERS", pool=rbd.name, source="full", name="child", clone_type="linked")
+    assert f"'{rbd.pool}/full'" in refused("DIFFERS", pool=rbd.name, source="full", name="child", clone_type="linked")
     assert clone(**params, name="child")["actions"] == []
     assert settle(**params, name="child", clone_type="full", force=True)["actions"] == ["replaced"]
     # Its last child is gone, and so is the snapshot.
@@ -388,7 +388,7 @@ def test_linked_or_not_is_told(rbd, base, raw, pool2, qcow2):
 def test_linked_to_another_pool_of_the_cluster(rbd, base, raw, other_ceph_pool):
     try:
         result = settle(pool=other_ceph_pool.name, source_pool=rbd.name, source=base, name="web", clone_type="linked")
-        assert result["volume"]["backing"]["path"] == "rbd/base"
+        assert result["volume"]["backing"]["path"] == f"{rbd.pool}/base"
         assert other_ceph_pool.reads_as("web", raw)
     finally:
         other_ceph_pool.empty()
@@ -450,23 +450,20 @@ def test_an_image_is_deleted_with_what_was_made_for_it(rbd, base, raw, other_cep
 
 def test_a_check_run_takes_nothing(rbd, base):
     result = check(pool=rbd.name, source=base, name="web", clone_type="linked")
-    assert result["actions"] == ["created"] and result["volume"]["backing"]["path"] == "rbd/base"
+    assert result["actions"] == ["created"] and result["volume"]["backing"]["path"] == f"{rbd.pool}/base"
     assert rbd.images() == [base] and rbd.snapshots(base) == []
 
 
 # --- the documentation -------------------------------------------------------------------------------------------------------
 
 
-def test_the_inventory_of_a_fleet(rbd, ceph, scratch, libvirtd):
-    """As it stands, but for where Ceph is: two hosts one after the other, and a second run that changes nothing."""
+def test_the_inventory_of_a_fleet(rbd, ceph, example_names, scratch, libvirtd):
+    """As it stands, but for where the image is: two hosts one after the other, and a second run that changes nothing."""
     text = (harness.ROOT / "docs" / "ceph_fleet.md").read_text()
     inventory, play = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
     image = scratch / "debian-13.qcow2"
     run("qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
     stated = inventory["hypervisors"]["vars"]
-    source = stated["storage_pools"][0]["pool_source"]
-    source.update(name=ceph.pool, hosts=[{"name": "127.0.0.1", "port": ceph.port}])
-    source["auth"]["username"] = ceph.user
     stated["storage_clones"][0]["source_path"] = str(image)
     stated.update(ansible_connection="local", ansible_python_interpreter=harness.PYTHON, ceph_key=ceph.key)
     book, hosts = scratch / "fleet.yml", scratch / "fleet-inventory.yml"
@@ -479,6 +476,11 @@ def test_the_inventory_of_a_fleet(rbd, ceph, scratch, libvirtd):
             assert ("changed=0" not in output) == changes, output
         assert sorted(rbd.images()) == ["debian-13", "kvm1-web", "kvm2-web"]
         assert rbd.json("info", "@kvm2-web")["parent"]["image"] == "debian-13"
+        # What is shown of a failure has no key in it either, however much is asked to be shown.
+        stated["storage_pools"][0]["type"] = "logical"
+        hosts.write_text(yaml.safe_dump(inventory))
+        status, output = ansible_playbook("-vvv", "-i", hosts, "--limit", "kvm1.example.com", book)
+        assert status == 2 and "fatal: [kvm1.example.com]" in output and ceph.key not in output, output
     finally:
         remove_pool("vms")
         image.unlink()

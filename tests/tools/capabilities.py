@@ -23,8 +23,8 @@ TESTED_ON = {
     "disk": "GPT on loop devices",
     "rbd": "Ceph 16.2",
     "iscsi-direct": "tgt 1.0",
-    "iscsi": "pools only: open-iscsi and tgt",
-    "scsi": "pools only: scsi_debug of Linux 6.1",
+    "iscsi": "open-iscsi and tgt 1.0",
+    "scsi": "scsi_debug of Linux 6.1",
 }
 STAGING = {
     "file": "a file without a name until it is whole",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import glob
 import os
+from pathlib import Path
 
 import harness
 import pytest
 import test_pool
+import yaml
+from ansible_collections.virtforge.libvirt.plugins.modules import storage_pool
 from conftest import remove_pools
 from harness import MIB, module, run, virsh
 from test_pool import POOL, names, refused, settle
@@ -54,6 +57,20 @@ def test_a_logical_pool_through_its_life(device):
     settle(["defined", "started"], name="vgtest", type="logical")
     with open("/dev/vgtest/kept", "rb") as file:
         assert file.read(4) == b"data"
+
+
+def test_the_example_in_the_documentation(device):
+    """The one that needs a volume group."""
+    examples = [task[f"virtforge.libvirt.{POOL}"] for task in yaml.safe_load(storage_pool.EXAMPLES)]
+    (params,) = (params for params in examples if params.get("type") == "logical")
+    links = [Path(path) for path in params["pool_source"]["devices"]]
+    for link in links:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(device(16 * MIB))
+    settle(["defined", "built", "started"], **params)
+    assert run("vgs", "--noheadings", "-o", "vg_name").split() == [params["pool_source"]["name"]]
+    for link in links:
+        link.unlink()
 
 
 def test_a_volume_group_is_never_made_over_data(device):
