@@ -75,13 +75,13 @@ class User:
         subprocess.run(["umount", "-l", str(self.checkout)], check=False)
 
 
-def ansible_playbook(*arguments, user=None, env=None):
+def ansible_playbook(*arguments, user=None, env=None, prefix=()):
     """Status and output of one run, which must not end in a traceback."""
     if user is not None:
         done = user.run(user.bin / "python", user.bin / "ansible-playbook", *arguments)
     else:
         environment = {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(COLLECTIONS), **LOCAL, **(env or {})}
-        command = [str(BIN / "ansible-playbook"), *map(str, arguments)]
+        command = [*prefix, str(BIN / "ansible-playbook"), *map(str, arguments)]
         done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300
         )
