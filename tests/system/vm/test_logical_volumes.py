@@ -137,7 +137,7 @@ def test_snapshots(group):
         (False, {"pool": group, "name": "tsnap", "capacity": "2GiB"}),
     )
     assert wiped["error_code"] == "NO_SUPPORT" and "snapshots (snap)" in wiped["msg"]
-    (warning,) = removed["warnings"]
+    (warning,) = harness.warnings(removed)
     assert "'base'" in warning and "those are deleted too" in warning
     assert alone["actions"] == ["deleted"] and not alone["warnings"]
     assert grown["actions"] == ["grown"]
