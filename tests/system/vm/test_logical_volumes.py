@@ -139,7 +139,7 @@ def test_snapshots(group):
     assert wiped["error_code"] == "NO_SUPPORT" and "snapshots (snap)" in wiped["msg"]
     (warning,) = harness.warnings(removed)
     assert "'base'" in warning and "those are deleted too" in warning
-    assert alone["actions"] == ["deleted"] and not alone["warnings"]
+    assert alone["actions"] == ["deleted"] and not harness.warnings(alone)
     assert grown["actions"] == ["grown"]
 
     # One that is not active has no device.
