@@ -22,7 +22,7 @@ from .._pools.devices import Device, DevicePool
 from .._pools.network import memory
 from .._pools.rbd import RbdPool
 from .._transfer import device, guards, pace
-from .planner import Create, Facts, Grow
+from .model import Create, Facts, Grow
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
 
 if t.TYPE_CHECKING:  # pragma: no cover
@@ -33,7 +33,7 @@ _FIRST = 1 << 20
 
 
 def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     with guards.Hold(held(scene)) as hold, source_checked(scene) as expect_sound:
 
         def watch() -> None:
@@ -191,7 +191,7 @@ def _fill(
 
 
 def grow(scene: Scene, facts: Facts, step: Grow) -> None:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     pool, volume = t.cast(DevicePool, scene.pool), t.cast(Device, scene.target_device)
     refuse_in_use(scene, facts.name, f"{what} cannot be grown")
     begin = volume.capacity if volume.zero_from is None else volume.zero_from
@@ -204,5 +204,5 @@ def grow(scene: Scene, facts: Facts, step: Grow) -> None:
 
 
 def flatten(scene: Scene, facts: Facts) -> None:
-    refuse_in_use(scene, facts.name, f"volume {facts.name!r} of pool {facts.pool.name!r} cannot be flattened")
+    refuse_in_use(scene, facts.name, f"{facts.what} cannot be flattened")
     t.cast(RbdPool, scene.pool).flatten(facts.name)

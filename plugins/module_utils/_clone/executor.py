@@ -23,7 +23,7 @@ from .._pools.remote import RemotePool
 from .._transfer import file_copy, guards, locks, pace, staging
 from . import devices, planner, remote, result
 from .facts import Postponed, Scene
-from .planner import Backing, Create, Facts, Flatten, Grow, Ownership, Plan, SetPermissions
+from .model import Backing, Create, Facts, Flatten, Grow, Ownership, Plan, SetPermissions, Step, Unanswered
 from .request import Request
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
 
@@ -63,7 +63,7 @@ def judge(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan]:
     while True:
         try:
             return facts, planner.plan(scene.request, facts)
-        except planner.Unanswered as asked:
+        except Unanswered as asked:
             facts = scene.answer(asked, facts)
 
 
@@ -113,7 +113,7 @@ def wait_for_source(scene: Scene) -> None:
     )
 
 
-def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Transfer]:
+def carry_out(scene: Scene, facts: Facts, step: Step) -> t.Optional[Transfer]:
     on_device = isinstance(scene.pool, DevicePool)
     if isinstance(step, Create):
         if facts.pool.remote:
@@ -134,7 +134,7 @@ def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Tran
 
 
 def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     with guards.Hold(held(scene)) as hold, staging.Staging(scene.pool.fd) as staged, source_checked(scene) as expect_sound:
 
         def watch() -> None:
@@ -363,7 +363,7 @@ def _grow_image(
 
 
 def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     image = t.cast(probe.Image, facts.target.image)
 
     def watch() -> None:
@@ -392,7 +392,7 @@ def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
 
 
 def _set_permissions(scene: Scene, facts: Facts, step: SetPermissions) -> None:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     owner, fd = step.owner, scene.target_fd
     try:
         if owner.uid is not None or owner.gid is not None:

@@ -40,8 +40,8 @@ from .._transfer import device, file_copy, guards, locks, staging
 from .._transfer.pace import Rate
 from .._uri import is_elsewhere
 from .._volumes.inventory import Inventory
-from . import planner
-from .planner import Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, target_format
+from .model import Create, Dependents, Facts, PoolFacts, SourceFacts, TargetFacts, Unanswered, kind
+from .refusals import refuse_image
 from .request import Request, made_up_name
 
 #: More images below a source than this are refused.
@@ -205,7 +205,7 @@ class Scene:
             raise CloneError("INVALID_ARG", f"name: state it; the next partition of pool {pool.name!r} is {pool.next_name()!r}")
         # The same on each run, also before what comes from outside is seen.
         seen = None if self._root._intake else source.image
-        name = request.name or made_up_name(request.source_name, target_format(request, seen), seen.format if seen else None)
+        name = request.name or made_up_name(request.source_name, request.target_format(seen), seen.format if seen else None)
         if pool is None:
             elsewhere = is_elsewhere(request.uri, request.pool)
             facts = PoolFacts(request.pool, "unknown", None, self._missing[request.pool], remote=elsewhere)
@@ -635,7 +635,7 @@ class Scene:
                 raise
             seen.add(_identity(os.fstat(fd)))
             image = self._add_layer(layers, fd, what, path, block, recorded or "raw")
-            planner.refuse_image(image, what, self.request.max_capacity)
+            refuse_image(image, what, self.request.max_capacity)
             if image.encrypted:
                 raise refusal("encrypted", f"{what} is encrypted, and cannot be read without its secret")
 
@@ -900,7 +900,7 @@ class Scene:
         """A target is read as what was asked for where its bytes allow that."""
         size = guards.length(self.target_fd)
         found = probe.detect(self.target_fd, size)
-        wanted = target_format(self.request, source.image)
+        wanted = self.request.target_format(source.image)
         if wanted is not None and wanted in found:
             image_format = wanted
         elif wanted == "vpc" and found == ("vpc-footer",):
@@ -1087,8 +1087,8 @@ class Scene:
             return 0
         if (
             step.backing is None
-            and planner.kind(step) in self.told.get("kinds", ())
-            and not planner.own_blocks(self.request)
+            and kind(step) in self.told.get("kinds", ())
+            and not self.request.own_blocks
             and self._may_share()
         ):
             # It will share the blocks of the one before.
@@ -1101,7 +1101,7 @@ class Scene:
         """What this one takes is not there for the next clone of the same source."""
         self.name_taken(name)
         self.told["reserved"] = self.told.get("reserved", 0) + self._space_taken(step)
-        self.told.setdefault("kinds", set()).add(planner.kind(step))
+        self.told.setdefault("kinds", set()).add(kind(step))
 
     def name_taken(self, name: str) -> None:
         """Another clone of the same task will have it."""
@@ -1123,8 +1123,10 @@ class Scene:
             return "the source is on the network"
         if self.layers[0].block:
             return "the source is a block device"
-        kind = guards.file_system(source)
-        if kind != guards.file_system(target) or (kind != _BTRFS and os.fstat(source).st_dev != os.fstat(target).st_dev):
+        file_system = guards.file_system(source)
+        if file_system != guards.file_system(target) or (
+            file_system != _BTRFS and os.fstat(source).st_dev != os.fstat(target).st_dev
+        ):
             return "source and target are on different file systems"
         return "" if self._may_share() else "the file system cannot share blocks"
 

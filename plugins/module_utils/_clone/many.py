@@ -23,9 +23,9 @@ from .._errors import CloneError, from_os_error
 from .._pools.devices import DevicePool
 from .._pools.remote import RemotePool
 from .._transfer import guards, locks, staging
-from . import executor, planner, result
+from . import executor, result
 from .facts import OpenImage, Postponed, Scene
-from .planner import Create, Facts, Plan
+from .model import Create, Facts, Plan, donates, kind
 from .request import Request
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked
 
@@ -220,7 +220,7 @@ def _fill_all(jobs: t.Sequence[Job], watch: t.Callable[[], None]) -> None:
     kinds: t.Dict[t.Any, t.Dict[int, t.List[Job]]] = {}
     for job in jobs:
         step = t.cast(Create, job.creates)
-        kinds.setdefault(planner.kind(step), {}).setdefault(step.capacity, []).append(job)
+        kinds.setdefault(kind(step), {}).setdefault(step.capacity, []).append(job)
     with ThreadPoolExecutor(_WORKERS) as workers:
 
         def fill(batch: t.Sequence[t.Tuple[Job, t.Optional[Job]]]) -> None:
@@ -244,13 +244,13 @@ def _fill(job: Job, donor: t.Optional[Job], watch: t.Callable[[], None]) -> None
     """``donor``: a volume of the same kind that was just made; where it does not serve, the source itself has to."""
     step = t.cast(Create, job.creates)
     made = donor.creates if donor else None
-    if donor is not None and donor.staged is not None and made is not None and planner.donates(made, step):
+    if donor is not None and donor.staged is not None and made is not None and donates(made, step):
         # Nobody else has seen that file yet, so nobody can have changed it.
         image = replace(job.scene.layers[0].image, format=made.format, capacity=made.capacity, qcow2=made.qcow2)
         if made.route == "convert":
             image = replace(image, snapshots=0, bitmaps=0)
         job.scene.donor = OpenImage(donor.staged.fd, donor.what, "", image, False, ())
-        unshared = step.unshared if planner.own_blocks(job.request) else None
+        unshared = step.unshared if job.request.own_blocks else None
         # An overlay is nothing but a few tables, which would soon be shared no more.
         step = replace(step, route="copy", unshared="it has no data" if step.backing else unshared)
 

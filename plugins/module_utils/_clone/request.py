@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from .. import _units, _xml
 from .._deadline import stated_seconds
 from .._errors import CloneError
-from .._images.probe import FORMATS, Qcow2Features
+from .._images.probe import FORMATS, Image, Qcow2Features
 from .._import import options
 from .._import.options import Options, name_of
 from .._names import check_name, check_path, check_pool
@@ -95,6 +95,15 @@ class Request:
         if self.outside.url is not None:
             return name_of(self.outside.url)
         return self.source if self.source is not None else os.path.basename(self.source_path or "")
+
+    @property
+    def own_blocks(self) -> bool:
+        """Whether the volume shall have blocks that nobody shares."""
+        return self.method == "copy" or self.preallocation in ("falloc", "full")
+
+    def target_format(self, source: t.Optional[Image]) -> t.Optional[str]:
+        """The format asked for; None when it is not stated and the source that would give it is gone."""
+        return self.format or ("qcow2" if self.linked else source.format if source else None)
 
 
 def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Request:

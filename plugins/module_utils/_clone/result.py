@@ -14,7 +14,7 @@ from .._errors import CloneError
 from .._pools.devices import DevicePool
 from .._transfer import file_copy
 from .._volumes import entry
-from .planner import Backing, Create, Facts, Plan, SourceFacts, State
+from .model import Backing, Create, Facts, Plan, SourceFacts, State
 
 if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene

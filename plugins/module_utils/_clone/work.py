@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from .._errors import CloneError
 from .._images import probe
 from .._images.qemu_img import Layer
-from .planner import Create
+from .model import Create
 
 if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene

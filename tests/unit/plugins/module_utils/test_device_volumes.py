@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
-from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.model import (
     Dependents,
     Facts,
     Grow,
