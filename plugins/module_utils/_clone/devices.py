@@ -57,11 +57,11 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
                         # Else we would be the one who still uses it.
-                        scene.let_go_of_target()
+                        scene.target.let_go()
                     pool.publish(child.name, facts.name, step.replaces)
                 return Transfer("link")
             if facts.pool.able.staging == "rename":
-                with pool.staged(step.capacity, scene.target_device) as volume:
+                with pool.staged(step.capacity, scene.target.device) as volume:
                     with pool.opened(volume, what) as target:
                         _fill(scene, step, target, volume.capacity, what, watch, zero=_reads_zero(pool, volume))
                         if scene.request.verify and scene.layers:
@@ -70,7 +70,7 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
                         # Else we would be the one who still uses it.
-                        scene.let_go_of_target()
+                        scene.target.let_go()
                     pool.publish(volume.name, facts.name, step.replaces)
             else:
                 _fill_marked(scene, facts, step, what, watch, finish)
@@ -78,7 +78,7 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
             raise
         except OSError as exc:
             raise from_os_error(exc, f"writing {what}") from exc
-    return Transfer("convert", scene.told.get("unshareable")) if scene.layers else None
+    return Transfer("convert", scene.source.told.answers.get("unshareable")) if scene.layers else None
 
 
 def _reads_zero(pool: DevicePool, volume: Device) -> bool:
@@ -91,7 +91,7 @@ def _fill_marked(
 ) -> None:
     """A device under its final name: a mark first, the first block last."""
     pool = t.cast(DevicePool, scene.pool)
-    made = scene.target_device is None
+    made = scene.target.device is None
     if made:
         pool.make(facts.name, step.capacity)
     elif step.replaces:
@@ -192,7 +192,7 @@ def _fill(
 
 def grow(scene: Scene, facts: Facts, step: Grow) -> None:
     what = facts.what
-    pool, volume = t.cast(DevicePool, scene.pool), t.cast(Device, scene.target_device)
+    pool, volume = t.cast(DevicePool, scene.pool), t.cast(Device, scene.target.device)
     refuse_in_use(scene, facts.name, f"{what} cannot be grown")
     begin = volume.capacity if volume.zero_from is None else volume.zero_from
     pool.grow(volume, step.capacity)

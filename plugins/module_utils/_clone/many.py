@@ -24,7 +24,8 @@ from .._pools.devices import DevicePool
 from .._pools.remote import RemotePool
 from .._transfer import guards, locks, staging
 from . import executor, result
-from .facts import OpenImage, Postponed, Scene
+from .facts import Scene
+from .files import OpenImage
 from .model import Create, Facts, Plan, donates, kind
 from .request import Request
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked
@@ -50,13 +51,16 @@ class Job:
     error: t.Optional[CloneError] = None
     #: somebody else published the name while the volume was made
     taken: bool = False
-    #: it is judged once it is locked
-    postponed: bool = False
     duration: float = 0.0
 
     @property
     def what(self) -> str:
         return f"volume {self.request.name!r} of pool {self.request.pool!r}"
+
+    @property
+    def postponed(self) -> bool:
+        """Whether it cannot be judged before it is locked."""
+        return self.plan is None and self.error is None
 
     @property
     def creates(self) -> t.Optional[Create]:
@@ -117,14 +121,10 @@ def _judge(job: Job) -> None:
     def judge() -> None:
         job.error = job.plan = None
         job.facts = job.scene.gather()
-        try:
-            job.facts, job.plan = executor.judge(job.scene, job.facts)
-        except Postponed:
-            job.postponed = True
-            job.scene.name_taken(job.facts.name)
-            return
+        job.facts, job.plan = executor.judge(job.scene, job.facts)
+        job.scene.source.told.names.add(job.facts.name)
         if job.creates and not job.facts.pool.missing:
-            job.scene.reserve(job.creates, job.facts.name)
+            job.scene.space.reserve(job.creates)
 
     job.attempt(judge)
 
@@ -150,7 +150,7 @@ def _change(first: Scene, jobs: t.Sequence[Job]) -> None:
         for _round in range(_ROUNDS):
             first.open_source()
             for job in jobs:
-                job.taken, job.scene.locked = False, True
+                job.taken, job.scene.task.locked = False, True
                 _judge(job)
             if any(job.facts and job.facts.source_writers and job.creates for job in jobs):
                 executor.wait_for_source(first)
