@@ -76,8 +76,6 @@ class SourceFacts:
     remote: bool = False
     #: what has to be done before it can be looked at, as a participle (``fetched``); empty where it lies open
     pending: str = ""
-    #: whether the task states a checksum that it has to have
-    claimed: bool = False
     #: whether a cache had it, ``hit`` or ``miss``; None where nothing was looked for in one
     cache: t.Optional[str] = None
 
@@ -142,7 +140,7 @@ class Facts:
     # Asked for when needed:
     #: whether what is pending of the source was done, and the facts have it; a check run leaves it
     brought: t.Optional[bool] = None
-    #: that the source has the checksum that the task states
+    #: that a file of this host has the checksum that the task states; what is fetched or decompressed is compared on its way
     checked: t.Optional[bool] = None
     #: who has the source open for writing; empty for nobody
     source_writers: t.Optional[str] = None

@@ -48,7 +48,7 @@ class Outside:
         return self._intake is not None
 
     def judge(self, facts: SourceFacts, path: str) -> SourceFacts:
-        """Whether a file of this host has to be decompressed before it is a source, or has to have a checksum."""
+        """Whether a file of this host has to be decompressed before it is a source."""
         options = self._task.request.outside
         try:
             fd, block = open_image(path, facts.what)
@@ -57,10 +57,10 @@ class Outside:
             return facts
         try:
             if intake.compression(options, fd, block, self._task.request.source_format, facts.what):
-                return replace(facts, pending="decompressed", identity=identity_of(os.fstat(fd)))
-            return replace(facts, claimed=options.checksum is not None)
+                facts = replace(facts, pending="decompressed", identity=identity_of(os.fstat(fd)))
         finally:
             os.close(fd)
+        return facts
 
     def look_at_source(self, layers: t.List[OpenImage], facts: SourceFacts, path: str) -> SourceFacts:
         """The source as it came in, appended to ``layers``, by the same gate as any other; as it is when it has not."""
@@ -107,10 +107,9 @@ class Outside:
         terms = intake.Terms(limit, task.deadline, task.rate, task.check_mode)
         with ExitStack() as stack:
             if isinstance(task.pool, (DevicePool, RemotePool)):
-                path = os.environ.get("TMPDIR") or "/var/tmp"
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fd = os.open(request.tmpdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
-                place = intake.Place(fd, f"{path!r} of this host (TMPDIR)", foreign=True)
+                place = intake.Place(fd, f"{request.tmpdir!r} of this host (TMPDIR)", foreign=True)
             else:
                 place = intake.Place(task.pool.fd, f"pool {task.pool.name!r}")
             if request.outside.url is not None:
@@ -126,6 +125,9 @@ class Outside:
 
         :raises CloneError: ``CHECKSUM_MISMATCH``
         """
+        if opened.own:
+            # It was compared as it came in.
+            return True
         if self._verified != opened.version:
             with self._checked_file(source) as (_fd, _block, version, _watch):
                 self._verified = version

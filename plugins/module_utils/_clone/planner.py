@@ -391,7 +391,7 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
         None if route in ("link", "libvirt") else _unshared(request, facts, source, image_format, route),
         _backing(request, facts),
     )
-    if facts.source.claimed and not writers:
+    if request.outside.checksum is not None and not writers:
         _known(facts, "checked")
     corrupt = "" if writers else _known(facts, "source_corrupt")
     if corrupt:

@@ -224,7 +224,7 @@ def _as_it_is(scene: Scene) -> t.Iterator[int]:
 @contextmanager
 def _converted(scene: Scene, step: Create, what: str, convert: Convert, watch: t.Callable[[], None]) -> t.Iterator[int]:
     """The source as the volume shall be, in a file of this host that has no name. It may be large: not in memory."""
-    place = os.environ.get("TMPDIR") or "/var/tmp"
+    place = scene.request.tmpdir
     with tempfile.TemporaryFile(dir=place) as file:
         try:
             convert(scene, step, file.fileno(), what, watch)

@@ -75,6 +75,8 @@ class Request:
     #: bytes per second
     bwlimit: t.Optional[int] = None
     verify: bool = False
+    #: directory where what cannot be staged in the pool is: its volumes are devices, or on another host
+    tmpdir: str = "/var/tmp"
 
     @property
     def blank(self) -> bool:
@@ -167,6 +169,7 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         max_capacity=_units.parse_capacity(params.get("max_capacity", "64TiB"), "max_capacity"),
         bwlimit=_bwlimit(params.get("bwlimit")),
         verify=bool(params.get("verify")),
+        tmpdir=os.environ.get("TMPDIR") or "/var/tmp",
     )
 
 

@@ -75,7 +75,7 @@ class Pools:
 
 @dataclass
 class Task:
-    """One clone. Those of one task have a request each, and share the rest."""
+    """What one clone goes by. The clones of a task have a request each, and share the rest."""
 
     request: Request
     check_mode: bool

@@ -14,6 +14,7 @@ import lzma
 import os
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner, request
@@ -404,3 +405,25 @@ def test_content_is_compared_with_what_is_brought():
     assert question.value.question == "brought"
     plan = planner.plan(asked, facts(found, brought=False))
     assert not plan.actions and "not told" in plan.warnings[0]
+
+
+def test_a_checksum_is_asked_for_where_something_is_made():
+    source = SourceFacts("source_path '/q/base'", "/q/base", image=Image("raw", 8 << 20), identity=(1, 2))
+    known = replace(facts(source_writers="", unshareable="", space_missing=0, source_corrupt=""), source=source)
+    assert planner.plan(build(source_path="/q/base", name="web"), known).actions == ["created"]
+    asked = build(source_path="/q/base", name="web", checksum=f"sha256:{DIGEST}")
+    with pytest.raises(Unanswered) as question:
+        planner.plan(asked, known)
+    assert question.value.question == "checked"
+    assert planner.plan(asked, replace(known, checked=True)).actions == ["created"]
+    there = replace(known, target=TargetFacts(Image("raw", 8 << 20), (1, 3), None, 0, 0, 0o600))
+    assert planner.plan(asked, there).actions == []
+
+
+@pytest.mark.parametrize("stated, used", [("/srv/tmp", "/srv/tmp"), ("", "/var/tmp"), (None, "/var/tmp")])
+def test_what_is_staged_elsewhere_is_where_tmpdir_says(monkeypatch, stated, used):
+    if stated is None:
+        monkeypatch.delenv("TMPDIR", raising=False)
+    else:
+        monkeypatch.setenv("TMPDIR", stated)
+    assert build(source_url=URL, name="web").tmpdir == used
