@@ -49,6 +49,7 @@ def look_at_source(task: Task, facts: SourceFacts, pool: RemotePool) -> SourceFa
 
 
 def look_at_target(task: Task, pool: RemotePool, volume: RemoteVolume, source: SourceFacts) -> TargetFacts:
+    """The target: of its header no more than the mark of an unfinished upload counts, for the rest libvirt's word."""
     name, stated, what = volume.name, volume.stated, f"volume {volume.name!r} of pool {pool.name!r}"
     facts = TargetFacts(identity=(pool.name, name), obstacle="a directory" if volume.type == "dir" else None)
     if facts.obstacle or facts.identity == source.identity:

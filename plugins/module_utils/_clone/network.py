@@ -65,7 +65,7 @@ def disturbed(pool: NetworkPool, image: OpenImage) -> str:
 
 
 def look_at_target(task: Task, pool: NetworkPool, volume: Device, layer: Layer, source: SourceFacts, what: str) -> TargetFacts:
-    """:param layer: the target, opened"""
+    """The target, opened as ``layer``."""
     image = Image("raw", volume.capacity)
     facts = TargetFacts(image, volume.identity)
     if volume.identity == source.identity:

@@ -114,7 +114,8 @@ class Source:
             return network.look_at_source(self._task, self.layers, facts, pool, volume)
         opened = self._open(replace(facts, path=volume.path, key=volume.path), os.path.realpath(volume.path), pool)
         if not self.layers:
-            # Not active, or not to be read by this user.
+            if opened.gone and pool.volume(volume.name) is not None:
+                raise CloneError("OPERATION_INVALID", f"{facts.what} is not active: there is no {volume.path!r}")
             return opened
         self.layers[0].lock, self.layers[0].name = pool.lock_key(volume.name), volume.name
         if device.is_marked(self.layers[0].fd):
