@@ -22,7 +22,7 @@ from .._pools.devices import Device, DevicePool
 from .._pools.network import memory
 from .._pools.rbd import RbdPool
 from .._transfer import device, guards, pace
-from .planner import Create, Facts, Grow
+from .model import Create, Facts, Grow
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
 
 if t.TYPE_CHECKING:  # pragma: no cover
@@ -33,7 +33,7 @@ _FIRST = 1 << 20
 
 
 def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     with guards.Hold(held(scene)) as hold, source_checked(scene) as expect_sound:
 
         def watch() -> None:
@@ -57,11 +57,11 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
                         # Else we would be the one who still uses it.
-                        scene.let_go_of_target()
+                        scene.target.let_go()
                     pool.publish(child.name, facts.name, step.replaces)
                 return Transfer("link")
             if facts.pool.able.staging == "rename":
-                with pool.staged(step.capacity, scene.target_device) as volume:
+                with pool.staged(step.capacity, scene.target.device) as volume:
                     with pool.opened(volume, what) as target:
                         _fill(scene, step, target, volume.capacity, what, watch, zero=_reads_zero(pool, volume))
                         if scene.request.verify and scene.layers:
@@ -70,7 +70,7 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
                         # Else we would be the one who still uses it.
-                        scene.let_go_of_target()
+                        scene.target.let_go()
                     pool.publish(volume.name, facts.name, step.replaces)
             else:
                 _fill_marked(scene, facts, step, what, watch, finish)
@@ -78,7 +78,7 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
             raise
         except OSError as exc:
             raise from_os_error(exc, f"writing {what}") from exc
-    return Transfer("convert", scene.told.get("unshareable")) if scene.layers else None
+    return Transfer("convert", scene.source.told.answers.get("unshareable")) if scene.layers else None
 
 
 def _reads_zero(pool: DevicePool, volume: Device) -> bool:
@@ -91,7 +91,7 @@ def _fill_marked(
 ) -> None:
     """A device under its final name: a mark first, the first block last."""
     pool = t.cast(DevicePool, scene.pool)
-    made = scene.target_device is None
+    made = scene.target.device is None
     if made:
         pool.make(facts.name, step.capacity)
     elif step.replaces:
@@ -191,8 +191,8 @@ def _fill(
 
 
 def grow(scene: Scene, facts: Facts, step: Grow) -> None:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
-    pool, volume = t.cast(DevicePool, scene.pool), t.cast(Device, scene.target_device)
+    what = facts.what
+    pool, volume = t.cast(DevicePool, scene.pool), t.cast(Device, scene.target.device)
     refuse_in_use(scene, facts.name, f"{what} cannot be grown")
     begin = volume.capacity if volume.zero_from is None else volume.zero_from
     pool.grow(volume, step.capacity)
@@ -204,5 +204,5 @@ def grow(scene: Scene, facts: Facts, step: Grow) -> None:
 
 
 def flatten(scene: Scene, facts: Facts) -> None:
-    refuse_in_use(scene, facts.name, f"volume {facts.name!r} of pool {facts.pool.name!r} cannot be flattened")
+    refuse_in_use(scene, facts.name, f"{facts.what} cannot be flattened")
     t.cast(RbdPool, scene.pool).flatten(facts.name)

@@ -22,8 +22,8 @@ from .._pools.devices import DevicePool
 from .._pools.remote import RemotePool
 from .._transfer import file_copy, guards, locks, pace, staging
 from . import devices, planner, remote, result
-from .facts import Postponed, Scene
-from .planner import Backing, Create, Facts, Flatten, Grow, Ownership, Plan, SetPermissions
+from .facts import Scene
+from .model import Backing, Create, Facts, Flatten, Grow, Ownership, Plan, SetPermissions, Step, Unanswered
 from .request import Request
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
 
@@ -46,8 +46,6 @@ def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
         transfer: t.Optional[Transfer] = None
         try:
             facts, plan = judge(scene, facts)
-        except Postponed:
-            pass
         except CloneError as exc:
             # Whoever has it open may be another run, which is waited for under the lock; then all is judged again.
             if check_mode or exc.code != "IN_USE":
@@ -59,11 +57,14 @@ def run(request: Request, check_mode: bool) -> t.Dict[str, t.Any]:
         return result.build(scene, facts, plan, transfer, time.monotonic() - started)
 
 
-def judge(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan]:
+def judge(scene: Scene, facts: Facts) -> t.Tuple[Facts, t.Optional[Plan]]:
+    """The plan, and the facts that it is made from. None where it has to wait until the target is locked."""
     while True:
         try:
             return facts, planner.plan(scene.request, facts)
-        except planner.Unanswered as asked:
+        except Unanswered as asked:
+            if scene.postpones(asked):
+                return facts, None
             facts = scene.answer(asked, facts)
 
 
@@ -75,10 +76,11 @@ def _change(scene: Scene, facts: Facts) -> t.Tuple[Facts, Plan, t.Optional[Trans
     # While we wait, whoever has the lock must not take us for a user of its target.
     scene.close_files()
     with locks.Locks(sources, [target], waiting, f"waiting for another run to finish volume {facts.name!r}"):
-        scene.locked = True
+        scene.task.locked = True
         for _round in range(_ROUNDS):
             # What another run did while we waited for the lock counts.
-            facts, plan = judge(scene, scene.gather())
+            facts, judged = judge(scene, scene.gather())
+            plan = t.cast(Plan, judged)
             if facts.source_writers and any(isinstance(step, Create) for step in plan.steps):
                 wait_for_source(scene)
                 continue
@@ -108,12 +110,12 @@ def source_locks(scene: Scene) -> t.List[str]:
 
 def wait_for_source(scene: Scene) -> None:
     scene.deadline.wait_for(
-        lambda: not scene.writers_now(),
+        lambda: not scene.source.writers(),
         f"waiting for the writers of {scene.layers[0].what}",
     )
 
 
-def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Transfer]:
+def carry_out(scene: Scene, facts: Facts, step: Step) -> t.Optional[Transfer]:
     on_device = isinstance(scene.pool, DevicePool)
     if isinstance(step, Create):
         if facts.pool.remote:
@@ -134,7 +136,7 @@ def carry_out(scene: Scene, facts: Facts, step: planner.Step) -> t.Optional[Tran
 
 
 def _create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     with guards.Hold(held(scene)) as hold, staging.Staging(scene.pool.fd) as staged, source_checked(scene) as expect_sound:
 
         def watch() -> None:
@@ -179,7 +181,7 @@ def _failed(scene: Scene, step: Create, target: int, exc: t.Union[OSError, Clone
     error = exc if isinstance(exc, CloneError) else from_os_error(exc, doing)
     if error.code != "NO_SPACE":
         return error
-    needed = scene.space_needed(step)
+    needed = scene.space.needed(step)
     # What the staged file has taken is free again in a moment.
     missing = needed - scene.pool.available() - os.fstat(target).st_blocks * 512
     amount = f"about {missing} bytes are missing" if missing > 0 else f"it takes about {needed} bytes"
@@ -220,7 +222,7 @@ def _refuse_unshared(scene: Scene, step: Create, what: str, reason: str) -> None
     """Only trying it tells that blocks cannot be shared; the plan took it that they can."""
     if scene.request.method == "reflink":
         raise CloneError("NO_SUPPORT", f"method=reflink is not possible for {what}: {reason}")
-    if not step.unshared and scene.space_needed(step) > scene.pool.available():
+    if not step.unshared and scene.space.needed(step) > scene.pool.available():
         raise CloneError("NO_SPACE", f"writing {what} is not possible: {reason}, and the pool has no space for all of it")
 
 
@@ -363,7 +365,7 @@ def _grow_image(
 
 
 def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     image = t.cast(probe.Image, facts.target.image)
 
     def watch() -> None:
@@ -371,12 +373,12 @@ def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
 
     if step.format == "raw":
         # For the other formats qemu-img does it.
-        guards.claim(scene.target_fd)
+        guards.claim(scene.target.fd)
     refuse_in_use(scene, facts.name, f"{what} cannot be grown")
     fd = os.open(facts.name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=scene.pool.fd)
     try:
         status = os.fstat(fd)
-        if not os.path.samestat(status, os.fstat(scene.target_fd)) or (
+        if not os.path.samestat(status, os.fstat(scene.target.fd)) or (
             step.format == "raw" and status.st_size != image.capacity
         ):
             raise CloneError("IN_USE", f"{what} was changed while it was looked at")
@@ -384,7 +386,7 @@ def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
             os.ftruncate(fd, step.capacity)
             file_copy.preallocate(fd, image.capacity, step.capacity, step.preallocation, watch)
         else:
-            layers = [Layer(fd, step.format), *scene.target_layers(image)[1:]]
+            layers = [Layer(fd, step.format), *scene.target.layers(image)[1:]]
             _grow_image(scene, image, layers, step, what, watch)
         os.fsync(fd)
     finally:
@@ -392,8 +394,8 @@ def _grow_in_place(scene: Scene, facts: Facts, step: Grow) -> None:
 
 
 def _set_permissions(scene: Scene, facts: Facts, step: SetPermissions) -> None:
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
-    owner, fd = step.owner, scene.target_fd
+    what = facts.what
+    owner, fd = step.owner, scene.target.fd
     try:
         if owner.uid is not None or owner.gid is not None:
             os.fchown(fd, -1 if owner.uid is None else owner.uid, -1 if owner.gid is None else owner.gid)

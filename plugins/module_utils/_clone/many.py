@@ -23,9 +23,10 @@ from .._errors import CloneError, from_os_error
 from .._pools.devices import DevicePool
 from .._pools.remote import RemotePool
 from .._transfer import guards, locks, staging
-from . import executor, planner, result
-from .facts import OpenImage, Postponed, Scene
-from .planner import Create, Facts, Plan
+from . import executor, result
+from .facts import Scene
+from .files import OpenImage
+from .model import Create, Facts, Plan, donates, kind
 from .request import Request
 from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked
 
@@ -50,13 +51,16 @@ class Job:
     error: t.Optional[CloneError] = None
     #: somebody else published the name while the volume was made
     taken: bool = False
-    #: it is judged once it is locked
-    postponed: bool = False
     duration: float = 0.0
 
     @property
     def what(self) -> str:
         return f"volume {self.request.name!r} of pool {self.request.pool!r}"
+
+    @property
+    def postponed(self) -> bool:
+        """Whether it cannot be judged before it is locked."""
+        return self.plan is None and self.error is None
 
     @property
     def creates(self) -> t.Optional[Create]:
@@ -117,14 +121,10 @@ def _judge(job: Job) -> None:
     def judge() -> None:
         job.error = job.plan = None
         job.facts = job.scene.gather()
-        try:
-            job.facts, job.plan = executor.judge(job.scene, job.facts)
-        except Postponed:
-            job.postponed = True
-            job.scene.name_taken(job.facts.name)
-            return
+        job.facts, job.plan = executor.judge(job.scene, job.facts)
+        job.scene.source.told.names.add(job.facts.name)
         if job.creates and not job.facts.pool.missing:
-            job.scene.reserve(job.creates, job.facts.name)
+            job.scene.space.reserve(job.creates)
 
     job.attempt(judge)
 
@@ -150,7 +150,7 @@ def _change(first: Scene, jobs: t.Sequence[Job]) -> None:
         for _round in range(_ROUNDS):
             first.open_source()
             for job in jobs:
-                job.taken, job.scene.locked = False, True
+                job.taken, job.scene.task.locked = False, True
                 _judge(job)
             if any(job.facts and job.facts.source_writers and job.creates for job in jobs):
                 executor.wait_for_source(first)
@@ -220,7 +220,7 @@ def _fill_all(jobs: t.Sequence[Job], watch: t.Callable[[], None]) -> None:
     kinds: t.Dict[t.Any, t.Dict[int, t.List[Job]]] = {}
     for job in jobs:
         step = t.cast(Create, job.creates)
-        kinds.setdefault(planner.kind(step), {}).setdefault(step.capacity, []).append(job)
+        kinds.setdefault(kind(step), {}).setdefault(step.capacity, []).append(job)
     with ThreadPoolExecutor(_WORKERS) as workers:
 
         def fill(batch: t.Sequence[t.Tuple[Job, t.Optional[Job]]]) -> None:
@@ -244,13 +244,13 @@ def _fill(job: Job, donor: t.Optional[Job], watch: t.Callable[[], None]) -> None
     """``donor``: a volume of the same kind that was just made; where it does not serve, the source itself has to."""
     step = t.cast(Create, job.creates)
     made = donor.creates if donor else None
-    if donor is not None and donor.staged is not None and made is not None and planner.donates(made, step):
+    if donor is not None and donor.staged is not None and made is not None and donates(made, step):
         # Nobody else has seen that file yet, so nobody can have changed it.
         image = replace(job.scene.layers[0].image, format=made.format, capacity=made.capacity, qcow2=made.qcow2)
         if made.route == "convert":
             image = replace(image, snapshots=0, bitmaps=0)
         job.scene.donor = OpenImage(donor.staged.fd, donor.what, "", image, False, ())
-        unshared = step.unshared if planner.own_blocks(job.request) else None
+        unshared = step.unshared if job.request.own_blocks else None
         # An overlay is nothing but a few tables, which would soon be shared no more.
         step = replace(step, route="copy", unshared="it has no data" if step.backing else unshared)
 

@@ -23,7 +23,7 @@ from .._pools import remote
 from .._pools.libvirt import LibvirtPool
 from .._pools.remote import RemotePool
 from .._transfer import file_copy, guards, locks
-from .planner import Create, Facts, Grow
+from .model import Create, Facts, Grow
 from .work import Transfer, held, refuse_in_use, source_checked
 
 if t.TYPE_CHECKING:  # pragma: no cover
@@ -58,7 +58,7 @@ def create(scene: Scene, facts: Facts, step: Create, convert: Convert) -> t.Opti
 
 
 def grow(scene: Scene, facts: Facts, step: Grow) -> None:
-    refuse_in_use(scene, facts.name, f"volume {facts.name!r} of pool {facts.pool.name!r} cannot be grown")
+    refuse_in_use(scene, facts.name, f"{facts.what} cannot be grown")
     t.cast(RemotePool, scene.pool).grow(facts.name, step.capacity, _waiting(scene))
 
 
@@ -126,7 +126,7 @@ def _made(pool: RemotePool, name: str) -> t.Iterator[None]:
 
 def _expect(pool: RemotePool, facts: Facts, step: Create) -> None:
     """What libvirt says that it has made is what was asked of it: some of its calls leave out what they cannot do."""
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     volume = pool.volume(facts.name)
     made = volume.stated if volume else None
     if made is None:
@@ -147,7 +147,7 @@ def _expect(pool: RemotePool, facts: Facts, step: Create) -> None:
 
 def _upload(scene: Scene, facts: Facts, step: Create, convert: Convert) -> Transfer:
     """The file as it is, or as it was converted here, through a stream that keeps its holes; then grown by libvirt."""
-    what = f"volume {facts.name!r} of pool {facts.pool.name!r}"
+    what = facts.what
     pool, waiting = t.cast(RemotePool, scene.pool), _waiting(scene)
     with guards.Hold(held(scene)) as hold, source_checked(scene) as expect_sound:
 
@@ -224,7 +224,7 @@ def _as_it_is(scene: Scene) -> t.Iterator[int]:
 @contextmanager
 def _converted(scene: Scene, step: Create, what: str, convert: Convert, watch: t.Callable[[], None]) -> t.Iterator[int]:
     """The source as the volume shall be, in a file of this host that has no name. It may be large: not in memory."""
-    place = os.environ.get("TMPDIR") or "/var/tmp"
+    place = scene.request.tmpdir
     with tempfile.TemporaryFile(dir=place) as file:
         try:
             convert(scene, step, file.fileno(), what, watch)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from .. import _units, _xml
 from .._deadline import stated_seconds
 from .._errors import CloneError
-from .._images.probe import FORMATS, Qcow2Features
+from .._images.probe import FORMATS, Image, Qcow2Features
 from .._import import options
 from .._import.options import Options, name_of
 from .._names import check_name, check_path, check_pool
@@ -75,6 +75,8 @@ class Request:
     #: bytes per second
     bwlimit: t.Optional[int] = None
     verify: bool = False
+    #: directory where what cannot be staged in the pool is: its volumes are devices, or on another host
+    tmpdir: str = "/var/tmp"
 
     @property
     def blank(self) -> bool:
@@ -95,6 +97,15 @@ class Request:
         if self.outside.url is not None:
             return name_of(self.outside.url)
         return self.source if self.source is not None else os.path.basename(self.source_path or "")
+
+    @property
+    def own_blocks(self) -> bool:
+        """Whether the volume shall have blocks that nobody shares."""
+        return self.method == "copy" or self.preallocation in ("falloc", "full")
+
+    def target_format(self, source: t.Optional[Image]) -> t.Optional[str]:
+        """The format asked for; None when it is not stated and the source that would give it is gone."""
+        return self.format or ("qcow2" if self.linked else source.format if source else None)
 
 
 def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Request:
@@ -158,6 +169,7 @@ def from_parameters(params: t.Mapping[str, t.Any], on_host: bool = True) -> Requ
         max_capacity=_units.parse_capacity(params.get("max_capacity", "64TiB"), "max_capacity"),
         bwlimit=_bwlimit(params.get("bwlimit")),
         verify=bool(params.get("verify")),
+        tmpdir=os.environ.get("TMPDIR") or "/var/tmp",
     )
 
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from .._errors import CloneError
 from .._pools.devices import DevicePool
+from .._pools.remote import RemotePool
 from .._transfer import file_copy
 from .._volumes import entry
-from .planner import Backing, Create, Facts, Plan, SourceFacts, State
+from .model import Backing, Create, Facts, Plan, SourceFacts, State
 
 if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene
@@ -31,9 +32,9 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
     devices, remote = facts.pool.able.devices, facts.pool.remote
     pool = scene.pool if not facts.pool.missing else None
     if isinstance(pool, DevicePool):
-        path = scene.target_device.path if scene.target_device else pool.path_of(facts.name)
+        path = scene.target.device.path if scene.target.device else pool.path_of(facts.name)
     on_disk = _stat(path) if path and there and not (devices or remote) else None
-    elsewhere = scene.volume_elsewhere(facts.name) if there else None
+    elsewhere = pool.volume(facts.name) if isinstance(pool, RemotePool) and there else None
     after = plan.after
     if on_disk is not None and not scene.check_mode:
         after = replace(after, uid=on_disk.st_uid, gid=on_disk.st_gid, mode=on_disk.st_mode & 0o777)
@@ -87,7 +88,7 @@ def build(scene: Scene, facts: Facts, plan: Plan, transfer: t.Optional[Transfer]
         "volume": volume,
         **({} if scene.request.blank else {"source": _source(facts.source)}),
         "diff": diff,
-        "warnings": [*plan.warnings, *scene.intake_warnings],
+        "warnings": [*plan.warnings, *scene.outside.warnings],
     }
 
 
@@ -149,7 +150,7 @@ def _allocation(scene: Scene, facts: Facts, plan: Plan) -> t.Optional[int]:
         # All that it reads is its source's.
         return 0
     changed = plan.steps and not scene.check_mode
-    volume = scene.pool.volume(facts.name) if changed else scene.target_device
+    volume = scene.pool.volume(facts.name) if changed else scene.target.device
     return scene.pool.allocation(volume) if volume is not None else None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from .._errors import CloneError
 from .._images import probe
 from .._images.qemu_img import Layer
-from .planner import Create
+from .model import Create
 
 if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene
@@ -40,7 +40,7 @@ def source_checked(scene: Scene) -> t.Iterator[t.Callable[[], None]]:
     :raises CloneError: ``CORRUPT_IMAGE``
     """
     with ThreadPoolExecutor(1) as worker:
-        verdict = worker.submit(scene.source_corrupt)
+        verdict = worker.submit(scene.source.corrupt)
 
         def expect_sound() -> None:
             corrupt = verdict.result()
@@ -56,7 +56,7 @@ def source_checked(scene: Scene) -> t.Iterator[t.Callable[[], None]]:
 
 def refuse_other_source(scene: Scene) -> None:
     """What this host cannot hold still, on the network, has to be as it was when it was looked at."""
-    why = scene.source_disturbed()
+    why = scene.source.disturbed()
     if why:
         raise CloneError("IN_USE", why)
 
@@ -71,6 +71,6 @@ def source_layers(scene: Scene, step: Create) -> t.List[Layer]:
 
 def refuse_in_use(scene: Scene, name: str, doing: str) -> None:
     """For the last moment: somebody may have begun to use the target while the new one was made."""
-    why = scene.target_in_use(name)
+    why = scene.target.in_use(name)
     if why:
         raise CloneError("IN_USE", f"{doing}: {why}")

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
-from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.files import Files
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.model import (
     Dependents,
     Facts,
     Grow,
@@ -18,12 +19,18 @@ from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner i
     SourceFacts,
     TargetFacts,
 )
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.outside import Outside
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.request import Request
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.source import Source
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.task import Pools, Task
+from ansible_collections.virtforge.libvirt.plugins.module_utils._deadline import Deadline
 from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images.probe import Image
+from ansible_collections.virtforge.libvirt.plugins.module_utils._images.qemu_img import QemuImg
 from ansible_collections.virtforge.libvirt.plugins.module_utils._permissions import Mode
 from ansible_collections.virtforge.libvirt.plugins.module_utils._pools import devices
 from ansible_collections.virtforge.libvirt.plugins.module_utils._pools.devices import Device, DevicePool
+from ansible_collections.virtforge.libvirt.plugins.module_utils._transfer.pace import Rate
 from ansible_collections.virtforge.libvirt.plugins.module_utils._volumes import devices as volumes
 
 MIB = 1 << 20
@@ -187,3 +194,25 @@ def test_what_a_pool_of_luns_cannot_do_is_refused(operation):
     with pytest.raises(CloneError) as refusal:
         operation(pool)
     assert refusal.value.code == "NO_SUPPORT" and "'luns'" in refusal.value.msg and "iscsi" in refusal.value.msg
+
+
+class Inactive(DevicePool):
+    """A pool that lists a volume which has no node on this host."""
+
+    def volume(self, name):
+        return Device(name, f"/nowhere/{name}", MIB)
+
+    def _paths(self):
+        return []
+
+
+def test_a_source_that_is_not_active_is_refused():
+    pool = Inactive("vg", "/nowhere", "logical", None, None)
+    pools = Pools("qemu:///system", False, Deadline(None, "timeout"))
+    pools._opened["vg"] = pool
+    task = Task(Request("vg", source="base", name="web"), False, pools, Deadline(None, "timeout"), Rate(None), QemuImg())
+    files = Files(task)
+    with pytest.raises(CloneError) as refusal:
+        Source(task, files, Outside(task, files)).look()
+    assert refusal.value.code == "OPERATION_INVALID"
+    assert refusal.value.msg == "volume 'base' of pool 'vg' is not active: there is no '/nowhere/base'"

@@ -14,15 +14,18 @@ import lzma
 import os
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner, request
-from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.model import (
     Create,
+    Dependents,
     Facts,
     PoolFacts,
     SourceFacts,
     TargetFacts,
+    Unanswered,
 )
 from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images.probe import Image
@@ -325,7 +328,7 @@ def facts(target=None, **kwargs):
     existing = TargetFacts(target, (1, 3), None, 0, 0, 0o600) if target else TargetFacts()
     values = {
         "target_users": "",
-        "target_dependents": planner.Dependents(),
+        "target_dependents": Dependents(),
         "denied": "",
         "check_mode": True,
         "target_chain": True,
@@ -339,7 +342,7 @@ def test_what_is_wrong_anyway_comes_before_the_download():
         ({"qcow2": {"compat": "1.1"}, "format": None}, None),
     ):
         asked = build(source_url=URL, name="web", **stated)
-        with pytest.raises(CloneError if code else planner.Unanswered) as caught:
+        with pytest.raises(CloneError if code else Unanswered) as caught:
             planner.plan(asked, facts())
         assert code is None or caught.value.code == code
     with pytest.raises(CloneError) as caught:
@@ -348,7 +351,7 @@ def test_what_is_wrong_anyway_comes_before_the_download():
 
 
 def test_a_new_volume_has_its_source_brought():
-    with pytest.raises(planner.Unanswered) as asked:
+    with pytest.raises(Unanswered) as asked:
         planner.plan(build(source_url=URL, name="web"), facts())
     assert asked.value.question == "brought"
 
@@ -397,8 +400,30 @@ def test_a_replacement_is_predicted_with_what_was_there():
 
 def test_content_is_compared_with_what_is_brought():
     asked, found = build(source_url=URL, name="web", compare="content"), Image("raw", 8 << 20)
-    with pytest.raises(planner.Unanswered) as question:
+    with pytest.raises(Unanswered) as question:
         planner.plan(asked, facts(found))
     assert question.value.question == "brought"
     plan = planner.plan(asked, facts(found, brought=False))
     assert not plan.actions and "not told" in plan.warnings[0]
+
+
+def test_a_checksum_is_asked_for_where_something_is_made():
+    source = SourceFacts("source_path '/q/base'", "/q/base", image=Image("raw", 8 << 20), identity=(1, 2))
+    known = replace(facts(source_writers="", unshareable="", space_missing=0, source_corrupt=""), source=source)
+    assert planner.plan(build(source_path="/q/base", name="web"), known).actions == ["created"]
+    asked = build(source_path="/q/base", name="web", checksum=f"sha256:{DIGEST}")
+    with pytest.raises(Unanswered) as question:
+        planner.plan(asked, known)
+    assert question.value.question == "checked"
+    assert planner.plan(asked, replace(known, checked=True)).actions == ["created"]
+    there = replace(known, target=TargetFacts(Image("raw", 8 << 20), (1, 3), None, 0, 0, 0o600))
+    assert planner.plan(asked, there).actions == []
+
+
+@pytest.mark.parametrize("stated, used", [("/srv/tmp", "/srv/tmp"), ("", "/var/tmp"), (None, "/var/tmp")])
+def test_what_is_staged_elsewhere_is_where_tmpdir_says(monkeypatch, stated, used):
+    if stated is None:
+        monkeypatch.delenv("TMPDIR", raising=False)
+    else:
+        monkeypatch.setenv("TMPDIR", stated)
+    assert build(source_url=URL, name="web").tmpdir == used

@@ -10,17 +10,21 @@ from dataclasses import replace
 
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
-from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.model import (
     Backing,
     Create,
     Dependents,
     Facts,
     Flatten,
     Grow,
+    Ownership,
     PoolFacts,
     SetPermissions,
     SourceFacts,
     TargetFacts,
+    Unanswered,
+    donates,
+    kind,
 )
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.request import Mode, Request
 from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
@@ -429,7 +433,7 @@ def test_a_check_run_expects_the_pool_that_an_earlier_task_makes():
     ],
 )
 def test_the_planner_asks_for_what_it_needs(question, known, stated):
-    with pytest.raises(planner.Unanswered) as caught:
+    with pytest.raises(Unanswered) as caught:
         plan(**{"source": image(), question: None, **known}, **stated)
     assert caught.value.question == question
 
@@ -550,9 +554,9 @@ def test_why_blocks_are_not_even_tried_to_be_shared(known, stated, unshared):
 )
 def test_which_volume_just_made_serves_in_place_of_the_source(made, step, serves):
     def create(image_format, capacity, preallocation="off"):
-        return Create("convert", image_format, capacity, planner.Ownership(), preallocation=preallocation)
+        return Create("convert", image_format, capacity, Ownership(), preallocation=preallocation)
 
-    assert planner.donates(create(*made), create(*step)) is serves
+    assert donates(create(*made), create(*step)) is serves
 
 
 # --- linked clones --------------------------------------------------------------------------------------------------------
@@ -704,9 +708,9 @@ def test_a_check_run_predicts_a_linked_clone_of_a_source_that_an_earlier_task_ma
 
 def test_an_overlay_is_copied_for_one_of_the_same_size_only():
     step = linked().steps[0]
-    assert planner.donates(step, step)
-    assert not planner.donates(step, replace(step, capacity=300 * MIB))
-    assert planner.kind(step) != planner.kind(replace(step, backing=Backing("/p/other", "qcow2", 1)))
+    assert donates(step, step)
+    assert not donates(step, replace(step, capacity=300 * MIB))
+    assert kind(step) != kind(replace(step, backing=Backing("/p/other", "qcow2", 1)))
 
 
 # --- a volume that shall stand alone --------------------------------------------------------------------------------------
@@ -779,7 +783,7 @@ def test_a_volume_that_cannot_be_flattened(target, known, stated, code, text):
 
 @pytest.mark.parametrize("question", ["target_chain", "target_users", "source_writers", "source_corrupt", "space_missing"])
 def test_flattening_asks_for_what_it_needs(question):
-    with pytest.raises(planner.Unanswered) as caught:
+    with pytest.raises(Unanswered) as caught:
         flatten(**{question: None})
     assert caught.value.question == question
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils import _xml
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner, request
-from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.planner import (
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.model import (
     Backing,
     Create,
     Facts,
