@@ -75,7 +75,7 @@ class Scene:
 
     def close_files(self) -> None:
         """Let go of every image that is this scene's own, and of what was read of the pools; :meth:`gather` looks again."""
-        for pool in self._pools.values():
+        for pool in self.task.pools:
             pool.look_again()
         if self._first is None:
             self.source.close()
@@ -128,6 +128,8 @@ class Scene:
     def gather(self) -> Facts:
         if self._first is None:
             self.open_source()
+        else:
+            self.close_files()
         return self._gathered()
 
     def _gathered(self) -> Facts:

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the virtforge.libvirt authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+
 """What all that look at the world for one clone go by: what is asked for, the pools, and how long it may take."""
 
 from __future__ import annotations
