@@ -66,7 +66,8 @@ def initiator(tgt):
     """The kernel's side of iSCSI, which logs in to ``tgt``."""
     run("modprobe", "-a", "iscsi_tcp", "sd_mod")
     Path("/etc/iscsi/initiatorname.iscsi").write_text("InitiatorName=iqn.2026-01.test:vm\n")
-    daemon = subprocess.Popen(["iscsid", "-f"], stdin=subprocess.DEVNULL)
+    # At its end it sends SIGTERM to process 0, which is all of its group, where it has no logger as a child.
+    daemon = subprocess.Popen(["iscsid", "-f"], stdin=subprocess.DEVNULL, start_new_session=True)
     yield tgt
     daemon.terminate()
     daemon.wait(30)
