@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._pools import capabilities
 from conftest import new_directory
-from harness import MIB, clone, make_raw, module, refused, run, virsh, virsh_status
+from harness import MIB, clone, make_raw, refused, run, virsh, virsh_status
 from test_rbd import Pool as CephPool
 
 TYPES = ("directory", "dir", "fs", "fs on ext4", "disk", "rbd", "netfs")
@@ -34,9 +34,9 @@ class Place:
     def holds(self):
         return capabilities.of(self.type).formats
 
-    def free_name(self, image_format):
+    def free_name(self, stem, image_format):
         if self.type != "disk":
-            return f"new.{image_format}"
+            return f"{stem}.{image_format}"
         taken = virsh("vol-list", self.pool)
         disk = os.path.basename(self.path)
         return next(f"{disk}p{number}" for number in range(1, 99) if f"{disk}p{number}" not in taken)
@@ -49,10 +49,6 @@ class Place:
         image_format = "qcow2" if name.endswith("qcow2") else "raw"
         run("qemu-img", "compare", "-f", "raw", "-F", image_format, raw, path)
         return True
-
-    def remove(self, name):
-        result = module({"pool": self.pool, "name": name, "state": "absent"}, module="storage_volume")
-        assert result.get("actions") == ["deleted"], result
 
 
 class Makers:
@@ -142,7 +138,7 @@ def make_sources(places, scratch):
     for key, place in places.items():
         for image_format in FORMATS:
             if image_format in place.holds:
-                name = place.free_name(image_format).replace("new.", "base.")
+                name = place.free_name("base", image_format)
                 clone(pool=place.pool, name=name, source_path=raw, source_format="raw", format=image_format)
                 names[key, image_format] = name
     yield raw, names
@@ -154,7 +150,7 @@ def clone_between(places, sources, source, target):
     raw, names = sources
     here, there = places[source], places[target]
     for image_format in FORMATS:
-        name = there.free_name(image_format)
+        name = there.free_name(f"of-{source.replace(' ', '-')}", image_format)
         params = {
             "pool": there.pool,
             "name": name,
@@ -168,7 +164,6 @@ def clone_between(places, sources, source, target):
         assert clone(**params)["actions"] == ["created"]
         assert there.same_as(name, raw)
         assert clone(**params)["actions"] == []
-        there.remove(name)
 
 
 @pytest.mark.parametrize("target", TYPES)

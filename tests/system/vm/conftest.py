@@ -32,6 +32,8 @@ def pytest_configure(config):
 def udev():
     """Without it lvcreate does not find the nodes of the devices that it makes."""
     run("modprobe", "-a", "loop", "dm-mod", "dm-snapshot", "dm-thin-pool", "xfs", "btrfs", "fuse")
+    # It would ask LVM after each change of a disk whether there is a volume group to activate.
+    Path("/etc/udev/rules.d/69-lvm.rules").symlink_to("/dev/null")
     daemon = subprocess.Popen(["/lib/systemd/systemd-udevd"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     harness.wait_until(lambda: os.path.exists("/run/udev/control"), 60)
     run("udevadm", "trigger")
