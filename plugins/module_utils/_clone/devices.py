@@ -51,21 +51,13 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
 
         pool = t.cast(DevicePool, scene.pool)
         try:
-            if step.route == "link":
-                with pool.staged_link(step.capacity, scene.source_pool, scene.layers[0].name) as child:
-                    finish()
-                    if step.replaces:
-                        refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
-                        # Else we would be the one who still uses it.
-                        scene.target.let_go()
-                    pool.publish(child.name, facts.name, step.replaces)
-                return Transfer("link")
             if facts.pool.able.staging == "rename":
-                with pool.staged(step.capacity, scene.target.device) as volume:
-                    with pool.opened(volume, what) as target:
-                        _fill(scene, step, target, volume.capacity, what, watch, zero=_reads_zero(pool, volume))
-                        if scene.request.verify and scene.layers:
-                            _verify(scene, step, target, what, watch)
+                with _staged(scene, pool, step) as volume:
+                    if step.route != "link":
+                        with pool.opened(volume, what) as target:
+                            _fill(scene, step, target, volume.capacity, what, watch, zero=_reads_zero(pool, volume))
+                            if scene.request.verify and scene.layers:
+                                _verify(scene, step, target, what, watch)
                     finish()
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
@@ -78,7 +70,16 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
             raise
         except OSError as exc:
             raise from_os_error(exc, f"writing {what}") from exc
+    if step.route == "link":
+        return Transfer("link")
     return Transfer("convert", scene.source.told.answers.get("unshareable")) if scene.layers else None
+
+
+def _staged(scene: Scene, pool: DevicePool, step: Create) -> t.ContextManager[Device]:
+    """A new volume, linked to the source or empty, under a name of its own."""
+    if step.route == "link":
+        return pool.staged_link(step.capacity, scene.source_pool, scene.layers[0].name)
+    return pool.staged(step.capacity, scene.target.device)
 
 
 def _reads_zero(pool: DevicePool, volume: Device) -> bool:

@@ -114,6 +114,8 @@ def test_logical_volumes_are_sources_and_many_at_once(lvm, raw, pool):
     assert same_content(raw, "raw", "/dev/vgclone/web2", "raw")
     settle(pool=pool, source_pool=lvm, source="web1", name="back.qcow2", format="qcow2")
     assert same_content(raw, "raw", pool / "back.qcow2", "qcow2")
+    run("lvchange", "-q", "-an", "vgclone/base")
+    assert "'base'" in refused("OPERATION_INVALID", pool=pool, source_pool=lvm, source="base", name="copy")
 
 
 def test_a_killed_run_leaves_no_volume_and_takes_no_space(lvm, pool):
