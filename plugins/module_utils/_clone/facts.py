@@ -154,7 +154,8 @@ class Scene:
             source = replace(source, unlinkable=self._unlinkable(pool, source))
         if isinstance(pool, DevicePool):
             next_name = pool.next_name(self.source.told.names)
-            facts = replace(facts, granularity=pool.granularity, next_name=next_name)
+            unnameable = pool.cannot_name(name)
+            facts = replace(facts, granularity=pool.granularity, next_name=next_name, unnameable=unnameable)
         label = None if isinstance(pool, (DevicePool, RemotePool)) else _default_label(pool.path_of(name))
         return self._facts(facts, source, self.target.look(pool, name, source), name, label)
 

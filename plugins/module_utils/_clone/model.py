@@ -37,6 +37,8 @@ class PoolFacts:
     granularity: int = 1
     #: the only name that the next volume can have, where the pool decides that
     next_name: t.Optional[str] = None
+    #: why no new volume can have the name that is wanted
+    unnameable: str = ""
     #: whether it is on another host, where only libvirt's own calls reach
     remote: bool = False
 

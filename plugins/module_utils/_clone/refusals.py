@@ -109,6 +109,8 @@ def refuse_new_device(facts: Facts) -> None:
     pool = facts.pool
     if not pool.able.create:
         raise CloneError("NO_SUPPORT", f"{facts.what} does not exist, and a pool of type {pool.type} cannot make one")
+    if pool.unnameable:
+        raise CloneError("INVALID_ARG", f"name: {facts.what} cannot be made: {pool.unnameable}")
     if pool.next_name not in (None, facts.name):
         raise CloneError("INVALID_ARG", f"name: {facts.what} cannot be made: its next volume is {pool.next_name!r}")
 

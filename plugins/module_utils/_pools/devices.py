@@ -34,6 +34,12 @@ from .libvirt import LibvirtPool, device_number, translated
 # A tag on a logical volume that is being grown: from which byte on it may show what the disk held before.
 _GROWING = "virtforge_zero_from_"
 _ENDLESS = 1 << 62
+# lvm(8), "Valid names".
+_LVM_CHARACTERS = re.compile(r"[a-zA-Z0-9+_.-]*")
+_LVM_NAMES = ("snapshot", "pvmove")
+_LVM_PARTS = re.compile("_(cdata|cmeta|corig|iorig|mimage|mlog|pmspare|rimage|rmeta|tdata|tmeta|vdata|vorigin|wcorig)")
+# NAME_LEN of LVM (metadata-exported.h), of which it leaves three, and DM_NAME_LEN of the kernel (dm-ioctl.h).
+_LVM_LENGTH = _DM_LENGTH = 128
 _KERNEL = "the kernel, which has it mounted or as part of another device"
 
 
@@ -165,6 +171,10 @@ class DevicePool(LibvirtPool):
     def next_name(self, taken: t.AbstractSet[str] = frozenset()) -> t.Optional[str]:
         """The only name that the next volume can have, once those in ``taken`` are made; None where it is free."""
         return None
+
+    def cannot_name(self, name: str) -> str:
+        """Why no new volume can have this name; empty where one can."""
+        return ""
 
     def cannot_write(self) -> str:
         return "" if os.geteuid() == 0 else f"pool {self.name!r}: only root may write to its devices; use become"
@@ -413,6 +423,21 @@ class LogicalPool(DevicePool):
     def space_for(self, capacity: int, target: t.Optional[Device]) -> int:
         # The old one is there until the new one is whole.
         return 0 if target is not None and target.thin_pool else capacity
+
+    def cannot_name(self, name: str) -> str:
+        if name.startswith("-"):
+            return "it begins with -, which LVM takes for an option"
+        if not _LVM_CHARACTERS.fullmatch(name):
+            return "LVM has no other characters in a name than letters without accents, digits, and + _ . -"
+        if name in _LVM_NAMES or _LVM_PARTS.search(name):
+            return "LVM keeps such names for itself"
+        room = _LVM_LENGTH - 3 - len(self.group)
+        if len(name) > room:
+            return f"LVM leaves {room} characters for a name in this group, which is not enough for {len(name)}"
+        # Each hyphen is doubled there.
+        if len(f"{self.group}{name}".replace("-", "--")) + 1 >= _DM_LENGTH:
+            return "with its hyphens it is too long for device-mapper"
+        return ""
 
     def cannot_grow(self, volume: Device) -> str:
         if volume.needs and not volume.thin_pool:

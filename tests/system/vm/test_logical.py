@@ -132,6 +132,11 @@ def test_a_killed_run_leaves_no_volume_and_takes_no_space(lvm, pool):
     assert same_content(source, "raw", "/dev/vgclone/web", "raw")
 
 
+def test_a_name_that_lvm_does_not_have(lvm, raw):
+    assert "characters" in refused("INVALID_ARG", pool=lvm, name="web 1", source_path=raw)
+    assert not volumes()
+
+
 def test_a_group_that_is_full(lvm, raw):
     assert "free in pool" in refused("NO_SPACE", pool=lvm, name="web", source_path=raw, capacity="1GiB")
 

@@ -125,7 +125,7 @@ def plan(stated, target=None, pool="logical", **known):
         "room": 1 << 40,
     }
     facts = Facts(
-        PoolFacts("p", pool, "/dev/p", granularity=MIB),
+        PoolFacts("p", pool, "/dev/p", granularity=MIB, unnameable=known.pop("unnameable", "")),
         SourceFacts("nothing", ""),
         target or TargetFacts(),
         "data",
@@ -162,6 +162,7 @@ def test_made_grown_and_left_alone():
         ("NO_SUPPORT", {"qcow2": {"compat": "1.1"}}, there(), ["qcow2: has no meaning"], {}),
         ("CONFIG_UNSUPPORTED", {"preallocation": "full"}, None, ["preallocation=full"], {}),
         ("INVALID_ARG", {}, None, ["capacity"], {}),
+        ("INVALID_ARG", {"capacity": MIB}, None, ["name: ", "'data'", "it is odd"], {"unnameable": "it is odd"}),
         ("NO_SUPPORT", {"capacity": MIB}, None, ["'data'", "cannot make one"], {"pool": "iscsi"}),
         ("NO_SUPPORT", {"capacity": 5 * MIB}, there(), ["4 MiB", "5 MiB", "cannot be grown"], {"pool": "disk"}),
         ("OPERATION_INVALID", {"capacity": 5 * MIB}, there(), ["5 MiB", "it is odd"], {"not_growable": "it is odd"}),
@@ -177,6 +178,27 @@ def test_what_is_refused(code, stated, target, words, more):
         plan(stated, target, **more)
     assert caught.value.code == code
     assert all(word in caught.value.msg for word in words), caught.value.msg
+
+
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("web1+_.-", ""),
+        ("-web", "begins with -"),
+        ("web 1", "characters"),
+        ("web@1", "characters"),
+        ("w\u00e9b", "characters"),
+        ("snapshot", "for itself"),
+        ("web_tmeta1", "for itself"),
+        ("w" * 123, ""),
+        ("w" * 124, "123"),
+        ("w-" * 42, "device-mapper"),
+    ],
+)
+def test_names_that_lvm_cannot_give(name, word):
+    pool = devices.LogicalPool("p", "/dev/vg", "logical", None, None)
+    pool._group = "vg"
+    assert word in pool.cannot_name(name) and bool(word) == bool(pool.cannot_name(name))
 
 
 @pytest.mark.parametrize(
