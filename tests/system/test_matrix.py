@@ -114,6 +114,9 @@ class Makers:
         what = ["--source-host", "127.0.0.2", "--source-path", f"/{self.request.getfixturevalue('gluster')}"]
         return Place(self._defined("netfs", *what, "--source-format", "glusterfs", "--target", path), "netfs", path)
 
+    def all(self, types):
+        return {key: getattr(self, key.replace(" ", "_"))() for key in types}
+
     def end(self):
         for end in reversed(self.ends):
             end()
@@ -122,7 +125,7 @@ class Makers:
 @pytest.fixture(scope="module")
 def places(libvirtd, request, scratch):
     makers = Makers(request, scratch)
-    yield {key: getattr(makers, key.replace(" ", "_"))() for key in TYPES}
+    yield makers.all(TYPES)
     makers.end()
 
 

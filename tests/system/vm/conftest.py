@@ -63,6 +63,18 @@ def nfs(scratch):
     run("umount", "-l", place)
 
 
+@pytest.fixture
+def adapter():
+    """The name of a SCSI adapter that has one unit, of 64 MiB in memory."""
+    run("modprobe", "-a", "scsi_mod", "sd_mod")
+    before = set(os.listdir("/sys/class/scsi_host"))
+    run("modprobe", "scsi_debug", "dev_size_mb=64")
+    run("udevadm", "settle")
+    (name,) = set(os.listdir("/sys/class/scsi_host")) - before
+    yield name
+    run("modprobe", "-r", "scsi_debug")
+
+
 @pytest.fixture(scope="session")
 def initiator(tgt):
     """The kernel's side of iSCSI, which logs in to ``tgt``."""

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import os
-
 import harness
 import pytest
 from conftest import remove_pool
@@ -39,17 +37,11 @@ def iscsi(libvirtd, initiator):
 
 
 @pytest.fixture
-def scsi(libvirtd):
-    run("modprobe", "-a", "scsi_mod", "sd_mod")
-    before = set(os.listdir("/sys/class/scsi_host"))
-    run("modprobe", "scsi_debug", "dev_size_mb=64")
-    run("udevadm", "settle")
-    (adapter,) = set(os.listdir("/sys/class/scsi_host")) - before
+def scsi(libvirtd, adapter):
     virsh("pool-define-as", "of-adapter", "scsi", "--adapter-name", adapter, "--target", "/dev")
     virsh("pool-start", "of-adapter")
     yield "of-adapter"
     remove_pool("of-adapter")
-    run("modprobe", "-r", "scsi_debug")
 
 
 @pytest.mark.parametrize("kind", ["iscsi", "scsi"])

@@ -10,8 +10,15 @@ import pytest
 from harness import MIB, run
 from test_matrix import Makers, Place, clone_between, make_sources
 
-TYPES = ("directory", "disk", "logical", "netfs", "rbd")
-PAIRS = [(source, target) for source in TYPES for target in TYPES if {source, target} & {"logical", "netfs"}]
+TYPES = ("directory", "dir", "fs", "fs on ext4", "disk", "rbd", "netfs", "logical")
+# Outside, netfs is GlusterFS; here it is NFS, and one pool of files is like another to it.
+NFS_WITH = ("directory", "disk", "rbd", "netfs", "logical")
+PAIRS = [
+    (source, target)
+    for source in TYPES
+    for target in TYPES
+    if "logical" in (source, target) or ("netfs" in (source, target) and {source, target} <= set(NFS_WITH))
+]
 
 
 class VmMakers(Makers):
@@ -30,7 +37,7 @@ class VmMakers(Makers):
 @pytest.fixture(scope="module")
 def places(libvirtd, request, scratch):
     makers = VmMakers(request, scratch, "vm")
-    yield {key: getattr(makers, key)() for key in TYPES}
+    yield makers.all(TYPES)
     makers.end()
 
 

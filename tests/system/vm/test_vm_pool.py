@@ -133,15 +133,9 @@ def test_an_iscsi_pool_through_its_life(initiator):
     settle(["stopped", "undefined", "secret_removed"], name="luns", state="absent")
 
 
-def test_a_scsi_pool_through_its_life(place):
-    run("modprobe", "-a", "scsi_mod", "sd_mod")
-    before = set(os.listdir("/sys/class/scsi_host"))
-    run("modprobe", "scsi_debug", "dev_size_mb=16")
-    run("udevadm", "settle")
-    (adapter,) = set(os.listdir("/sys/class/scsi_host")) - before
+def test_a_scsi_pool_through_its_life(adapter):
     params = {"name": "disks", "type": "scsi", "pool_source": {"adapter": adapter}, "target_path": "/dev"}
     settle(["defined", "started"], **params)
     assert len(virsh("vol-list", "disks").strip().splitlines()) == 1
     settle([], name="disks", pool_source={"adapter": f"scsi_{adapter}"})
     settle(["stopped", "undefined"], name="disks", state="absent")
-    run("modprobe", "-r", "scsi_debug")
