@@ -21,9 +21,9 @@ from .._images.qemu_img import Layer
 from .._pools.devices import Device, DevicePool
 from .._pools.network import memory
 from .._pools.rbd import RbdPool
-from .._transfer import device, guards, pace
+from .._transfer import device, guards
 from .model import Create, Facts, Grow
-from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
+from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers, verify
 
 if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene
@@ -57,7 +57,7 @@ def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
                         with pool.opened(volume, what) as target:
                             _fill(scene, step, target, volume.capacity, what, watch, zero=_reads_zero(pool, volume))
                             if scene.request.verify and scene.layers:
-                                _verify(scene, step, target, what, watch)
+                                verify(scene, step, target, what, watch)
                     finish()
                     if step.replaces:
                         refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
@@ -114,7 +114,7 @@ def _fill_marked(
             _fill(scene, step, target, size, what, watch, end=_FIRST)
             if scene.request.verify and scene.layers:
                 try:
-                    _verify(scene, step, target, what, watch)
+                    verify(scene, step, target, what, watch)
                 except CloneError:
                     _mark(scene, target, what, watch)
                     raise
@@ -136,18 +136,6 @@ def _mark(scene: Scene, target: Layer, what: str, watch: t.Callable[[], None]) -
         scene.qemu.run(arguments, {fd: "the mark", target.fd: what}, f"writing {what}", watch)
     finally:
         os.close(fd)
-
-
-def _verify(scene: Scene, step: Create, target: Layer, what: str, watch: t.Callable[[], None]) -> None:
-    """Compare what is there: not in the page cache, which a device does not share with qemu's O_DIRECT."""
-    if target.network is None:
-        os.fsync(target.fd)
-        pace.forget(target.fd)
-    names = {image.fd: image.what for image in scene.layers}
-    names[target.fd] = what
-    layers = source_layers(scene, step)
-    if scene.qemu.run(qemu_img.compare(layers, [target]), names, f"comparing {what} with its source", watch, accept=(0, 1))[0]:
-        raise CloneError("IO_ERROR", f"verify: {what} does not read as {scene.layers[0].what} does")
 
 
 def _fill(

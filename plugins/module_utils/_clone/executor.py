@@ -4,7 +4,8 @@
 
 """Carrying out a plan: lock, judge again, stage, fill, publish, and tell libvirt.
 
-Promise: killed anywhere, the target is absent (or the old one) or complete; any error leaves it so too.
+Promise for files: killed anywhere, the target is absent (or the old one) or complete; any error leaves it so too. Others have a
+promise of their own in ``devices.py`` and ``remote.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from . import devices, planner, remote, result
 from .facts import Scene
 from .model import Backing, Create, Facts, Flatten, Grow, Ownership, Plan, SetPermissions, Step, Unanswered
 from .request import Request
-from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers
+from .work import Transfer, held, refuse_in_use, refuse_other_source, source_checked, source_layers, verify
 
 # Each round means that the world changed after we had looked: another host or user published the name, or the source was
 # waited for; then all is judged again.
@@ -169,7 +170,7 @@ def fill(scene: Scene, step: Create, staged: staging.Staging, what: str, watch: 
         transfer = routes[step.route](scene, step, staged.fd, what, watch)
         _expect(staged.fd, step, what)
         if scene.request.verify and scene.layers:
-            _verify(scene, step, staged.fd, what, watch)
+            verify(scene, step, Layer(staged.fd, step.format), what, watch)
         staged.own(*_ownership(step.owner))
     except (OSError, CloneError) as exc:
         raise _failed(scene, step, staged.fd, exc, f"writing {what}") from exc
@@ -314,18 +315,6 @@ def _leave_blank(scene: Scene, step: Create, target: int, what: str, watch: t.Ca
         scene.qemu.run(
             qemu_img.create(Layer(target, step.format), options, step.capacity), {target: what}, f"making {what}", watch
         )
-
-
-def _verify(scene: Scene, step: Create, target: int, what: str, watch: t.Callable[[], None]) -> None:
-    """Compare what is on the disk, not what is in the page cache."""
-    os.fsync(target)
-    pace.forget(target)
-    names = {image.fd: image.what for image in scene.layers}
-    names[target] = what
-    layers = source_layers(scene, step)
-    arguments = qemu_img.compare(layers, [Layer(target, step.format), *(layers if step.backing else ())])
-    if scene.qemu.run(arguments, names, f"comparing {what} with its source", watch, accept=(0, 1))[0]:
-        raise CloneError("IO_ERROR", f"verify: {what} does not read as {scene.layers[0].what} does")
 
 
 def _expect(target: int, step: Create, what: str) -> None:

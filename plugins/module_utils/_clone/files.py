@@ -47,7 +47,7 @@ class OpenImage:
     lock: str = ""
     #: options by which qemu-img reaches what is no file here; ``fd`` is then its key
     network: t.Optional[t.Mapping[str, t.Any]] = None
-    #: its name in its pool, where it is none of this host's files or devices
+    #: its name in its pool, where the volumes of that are devices
     name: str = ""
     #: whether it came from outside: made by this collection, and not written to by anybody any more
     own: bool = False

@@ -5,7 +5,8 @@
 """Many clones of one source: it is read and converted once, and what was made first is shared or copied by the others.
 
 Promise: each volume is what a task of its own would have made of it, or its error says why not; one that fails spoils no other.
-They get their names together, once all are on the disk. A run that is killed before has made none of them.
+Files get their names together, once all are on the disk: a run that is killed before has made none of them. Devices come one by
+one, and of very many files a part at a time (``_BATCH``).
 """
 
 from __future__ import annotations

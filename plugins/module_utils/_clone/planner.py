@@ -537,7 +537,7 @@ def _route(
         return "device"
     whole_file = (
         image_format == source.format
-        and not (facts.source.network or facts.pool.able.devices)
+        and not facts.source.network
         and source.backing is None
         and features == source.qcow2
         and (capacity <= source.capacity or image_format in GROWABLE)

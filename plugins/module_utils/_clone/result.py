@@ -146,8 +146,8 @@ def _source(source: SourceFacts) -> t.Dict[str, t.Any]:
 def _allocation(scene: Scene, facts: Facts, plan: Plan) -> t.Optional[int]:
     if facts.pool.missing or not isinstance(scene.pool, DevicePool):
         return None
-    if any(isinstance(step, Create) and step.route == "link" for step in plan.steps):
-        # All that it reads is its source's.
+    if not facts.source.fixed and any(isinstance(step, Create) and step.route == "link" for step in plan.steps):
+        # All that it reads is its source's; but a classic snapshot of LVM has the space for all of it to change.
         return 0
     changed = plan.steps and not scene.check_mode
     volume = scene.pool.volume(facts.name) if changed else scene.target.device

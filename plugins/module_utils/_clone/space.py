@@ -116,4 +116,4 @@ class Space:
 
     def _may_share(self) -> bool:
         pool = self._task.pool
-        return not isinstance(pool, RemotePool) and guards.file_system(pool.fd) not in _NEVER_SHARE
+        return not isinstance(pool, (DevicePool, RemotePool)) and guards.file_system(pool.fd) not in _NEVER_SHARE

@@ -85,7 +85,7 @@ class Task:
     deadline: Deadline
     rate: Rate
     qemu: QemuImg
-    #: whether the target is locked, so that this is the last look at it
+    #: whether the target is locked, so that what is seen of it counts
     locked: bool = False
 
     @property

@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+import os
 import typing as t
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from .._errors import CloneError
-from .._images import probe
+from .._images import probe, qemu_img
 from .._images.qemu_img import Layer
+from .._transfer import pace
 from .model import Create
 
 if t.TYPE_CHECKING:  # pragma: no cover
@@ -69,8 +71,27 @@ def source_layers(scene: Scene, step: Create) -> t.List[Layer]:
     return layers
 
 
+def verify(scene: Scene, step: Create, target: Layer, what: str, watch: t.Callable[[], None]) -> None:
+    """Compare what is on the disk: not what is in the page cache, which a device does not share with qemu's O_DIRECT.
+
+    :raises CloneError: ``IO_ERROR`` where it is not what the source has
+    """
+    if target.network is None:
+        os.fsync(target.fd)
+        pace.forget(target.fd)
+    names = {image.fd: image.what for image in scene.layers}
+    names[target.fd] = what
+    layers = source_layers(scene, step)
+    arguments = qemu_img.compare(layers, [target, *(layers if step.backing else ())])
+    if scene.qemu.run(arguments, names, f"comparing {what} with its source", watch, accept=(0, 1))[0]:
+        raise CloneError("IO_ERROR", f"verify: {what} does not read as {scene.layers[0].what} does")
+
+
 def refuse_in_use(scene: Scene, name: str, doing: str) -> None:
-    """For the last moment: somebody may have begun to use the target while the new one was made."""
+    """For the last moment: somebody may have begun to use the target meanwhile.
+
+    :param doing: what cannot be done then, as a sentence
+    """
     why = scene.target.in_use(name)
     if why:
         raise CloneError("IN_USE", f"{doing}: {why}")

@@ -24,7 +24,6 @@ _COMPRESSIONS = {
     # A frame of zstd, or one that it skips (RFC 8878, section 3.1).
     "zstd": (b"\x28\xb5\x2f\xfd", *(bytes((0x50 + number,)) + b"\x2a\x4d\x18" for number in range(16))),
 }
-NAMES = tuple(_COMPRESSIONS)
 #: What holds files, or is compressed in a way that is not undone here: where its first bytes are, what they are.
 _NO_IMAGES: t.Sequence[t.Tuple[str, int, t.Tuple[bytes, ...]]] = (
     ("a tar archive", 257, (b"ustar\0", b"ustar ")),

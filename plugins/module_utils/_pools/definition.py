@@ -132,8 +132,6 @@ TYPES = {
     "zfs": PoolType(may=("name", "devices"), several=("devices",), named=True, path="/dev/zvol/{name}", local=True, sized=True),
     "vstorage": PoolType(needs=("name",)),
 }
-#: types that libvirt makes a directory of, or mounts on one
-DIRECTORIES = tuple(name for name, known in TYPES.items() if known.directory)
 
 
 @dataclass(frozen=True, order=True)

@@ -59,14 +59,13 @@ class Device:
     allocated: t.Optional[int] = None
     #: the volume without which it is lost; a thin snapshot stays whole without its origin
     needs: t.Optional[str] = None
+    #: what is the same only for the same volume, where no device of this host tells
+    identity: t.Tuple[str, ...] = ()
 
     @property
     def sound(self) -> int:
         """Its capacity, less what was added by a run that was killed before it zeroed that."""
         return self.capacity if self.zero_from is None else min(self.capacity, self.zero_from)
-
-    #: what is the same only for the same volume, where no device of this host tells
-    identity: t.Tuple[str, ...] = ()
 
 
 class DevicePool(LibvirtPool):
@@ -80,8 +79,6 @@ class DevicePool(LibvirtPool):
     removes_dependents = False
     #: whether no volume that others depend on is ever deleted
     refuses_dependents = False
-    #: whether its volumes are reached by the network alone, and so are no device of this host
-    network = False
 
     def open(self) -> int:
         """There is nothing to open."""

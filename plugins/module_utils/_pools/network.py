@@ -45,7 +45,6 @@ class NetworkPool(DevicePool, ABC):
     """A pool whose volumes only qemu-img and programs of their own can read."""
 
     volume_type = "network"
-    network = True
     #: VIR_SECRET_USAGE_TYPE of its secret
     secret_type = 0
     #: when the task has to be over

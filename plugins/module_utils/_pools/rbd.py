@@ -469,6 +469,4 @@ class RbdPool(NetworkPool):
 
 def _this_host() -> str:
     """Eight hexadecimal digits that runs have in common which see each other's locks."""
-    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-        boot = file.read()
-    return hashlib.sha256(boot + locks.place().encode()).hexdigest()[:8]
+    return hashlib.sha256(locks.domain().encode()).hexdigest()[:8]

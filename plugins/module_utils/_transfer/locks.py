@@ -68,12 +68,6 @@ class Locks:
             os.close(self._held.pop())
 
 
-def place() -> str:
-    """Where the locks are: runs on this host that have another place do not see them."""
-    status = os.stat(_lock_directory())
-    return f"{status.st_dev:x}-{status.st_ino:x}"
-
-
 def _try_lock(fd: int, kind: int) -> bool:
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)

@@ -23,8 +23,6 @@ from .. import _process
 from .._errors import CloneError
 from . import file_copy, guards
 
-ALGORITHMS = ("zero", "nnsa", "dod", "bsi", "gutmann", "schneier", "pfitzner7", "pfitzner33", "random", "trim")
-
 # File systems by statfs(2) that write elsewhere instead of overwriting: btrfs, ZFS, bcachefs, F2FS, NILFS2.
 _LOG_STRUCTURED = (0x9123683E, 0x2FC12FC1, 0xCA451A4E, 0xF2F52010, 0x3434)
 _BLKDISCARD = 0x1277  # _IO(0x12, 119), linux/fs.h

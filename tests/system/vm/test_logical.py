@@ -154,6 +154,7 @@ def test_snapshots_are_linked_clones(lvm, raw):
     result = settle(**params)
     volume = result["volume"]
     assert (volume["transfer"], volume["backing"]) == ("link", {"path": "/dev/vgclone/base", "format": "raw", "depth": 1})
+    assert volume["allocation"] == 64 * MIB
     assert same_content(raw, "raw", "/dev/vgclone/web", "raw")
     assert volumes()["web"]["origin"] == "base"
     assert "linked clone" in refused("DIFFERS", **{**params, "clone_type": "full"})
@@ -163,6 +164,6 @@ def test_snapshots_are_linked_clones(lvm, raw):
     run("lvcreate", "-y", "-q", "-V", "64M", "--thinpool", "thin", "-n", "tbase", "vgclone")
     run("dd", f"if={raw}", "of=/dev/vgclone/tbase", "bs=1M", "conv=fsync,sparse")
     result = settle(pool=lvm, source="tbase", name="tweb", clone_type="linked", capacity="80MiB")
-    assert result["volume"]["capacity"] == 80 * MIB
+    assert (result["volume"]["capacity"], result["volume"]["allocation"]) == (80 * MIB, 0)
     assert same_content(raw, "raw", "/dev/vgclone/tweb", "raw") and reads_zero("tweb", 64 * MIB)
     assert (volumes()["tweb"]["segtype"], volumes()["tweb"]["origin"]) == ("thin", "tbase")

@@ -12,9 +12,11 @@ import pytest
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone import planner
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.files import Files
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.model import (
+    Create,
     Dependents,
     Facts,
     Grow,
+    Ownership,
     PoolFacts,
     SourceFacts,
     TargetFacts,
@@ -22,6 +24,8 @@ from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.model imp
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.outside import Outside
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.request import Request
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.source import Source
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.space import Space
+from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.target import Target
 from ansible_collections.virtforge.libvirt.plugins.module_utils._clone.task import Pools, Task
 from ansible_collections.virtforge.libvirt.plugins.module_utils._deadline import Deadline
 from ansible_collections.virtforge.libvirt.plugins.module_utils._errors import CloneError
@@ -30,6 +34,7 @@ from ansible_collections.virtforge.libvirt.plugins.module_utils._images.qemu_img
 from ansible_collections.virtforge.libvirt.plugins.module_utils._permissions import Mode
 from ansible_collections.virtforge.libvirt.plugins.module_utils._pools import devices
 from ansible_collections.virtforge.libvirt.plugins.module_utils._pools.devices import Device, DevicePool
+from ansible_collections.virtforge.libvirt.plugins.module_utils._pools.rbd import RbdPool
 from ansible_collections.virtforge.libvirt.plugins.module_utils._transfer.pace import Rate
 from ansible_collections.virtforge.libvirt.plugins.module_utils._volumes import devices as volumes
 
@@ -228,13 +233,35 @@ class Inactive(DevicePool):
         return []
 
 
-def test_a_source_that_is_not_active_is_refused():
-    pool = Inactive("vg", "/nowhere", "logical", None, None)
+def task_in(pool):
+    """A task whose only pool is this one, and its source."""
     pools = Pools("qemu:///system", False, Deadline(None, "timeout"))
-    pools._opened["vg"] = pool
-    task = Task(Request("vg", source="base", name="web"), False, pools, Deadline(None, "timeout"), Rate(None), QemuImg())
+    pools._opened[pool.name] = pool
+    task = Task(Request(pool.name, source="base", name="web"), False, pools, Deadline(None, "timeout"), Rate(None), QemuImg())
     files = Files(task)
+    return task, files, Source(task, files, Outside(task, files))
+
+
+class Full(RbdPool):
+    """A pool of Ceph with 3 MiB left."""
+
+    def available(self):
+        return 3 * MIB
+
+
+def test_many_full_clones_in_ceph_share_no_space():
+    task, files, source = task_in(Full("ceph", "", "rbd", None, None))
+    space = Space(task, source, Target(task, files))
+    step = Create("device", "raw", 4 * MIB, Ownership(), unshared="it is on the network")
+    source.told.needed[step] = 2 * MIB
+    assert space.missing(step) == 0
+    space.reserve(step)
+    assert space.missing(step) == MIB
+
+
+def test_a_source_that_is_not_active_is_refused():
+    _task, _files, source = task_in(Inactive("vg", "/nowhere", "logical", None, None))
     with pytest.raises(CloneError) as refusal:
-        Source(task, files, Outside(task, files)).look()
+        source.look()
     assert refusal.value.code == "OPERATION_INVALID"
     assert refusal.value.msg == "volume 'base' of pool 'vg' is not active: there is no '/nowhere/base'"
