@@ -165,3 +165,23 @@ def test_libvirt_forgets_a_partition_that_somebody_else_deleted(disk):
     assert partitions(pool) == {} and name in virsh("vol-list", pool)
     assert not settle(VOLUME, pool=pool, name=name, **ABSENT)["changed"]
     assert name not in virsh("vol-list", pool)
+
+
+def test_a_logical_partition_that_others_are_numbered_after_is_kept(libvirtd, device):
+    """Without the fifth, the sixth would be the fifth, and a second run would delete that."""
+    path = device(64 * MIB)
+    parts = ["extended", "1MiB", "100%", *(word for at in (2, 14, 26) for word in ("logical", f"{at}MiB", f"{at + 8}MiB"))]
+    words = [word for at in range(0, len(parts), 3) for word in ("mkpart", *parts[at : at + 3])]
+    run("parted", "-s", path, "mklabel", "msdos", *words)
+    name = f"dos{os.path.basename(path)}"
+    virsh("pool-define-as", name, "disk", "--source-dev", path, "--source-format", "dos", "--target", "/dev")
+    virsh("pool-start", name)
+    fifth, sixth, seventh = (f"{os.path.basename(path)}p{number}" for number in (5, 6, 7))
+    try:
+        assert {fifth, sixth, seventh} <= set(partitions(name))
+        assert f"({sixth}, {seventh})" in refused("NO_SUPPORT", VOLUME, pool=name, name=fifth, **ABSENT)
+        assert clone(VOLUME, pool=name, name=seventh, **ABSENT)["actions"] == ["deleted"]
+        assert {fifth, sixth} <= set(partitions(name)) and seventh not in partitions(name)
+    finally:
+        remove_pool(name)
+        subprocess.run(["partx", "-d", path], check=False, capture_output=True)

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import remove_pool
@@ -198,6 +199,38 @@ def test_a_killed_run_leaves_a_partition_that_is_known_as_unfinished(disk, pool)
     result = settle(**params)
     assert result["actions"] == ["created"]
     assert same_content(source, "raw", disk.partition(1), "raw")
+
+
+def test_a_run_killed_before_there_is_a_mark(disk, raw, pool2):
+    """Made by libvirt, it has its name and what the disk held before; the first write would have been the mark."""
+    params = {"pool": disk.pool, "name": disk.name(1), "source_path": raw}
+    kill_at_mark = ["-e", "trace=pwrite64", "-e", "inject=pwrite64:signal=KILL:when=1"]
+    process = start(params, prefix=["strace", "-f", "-qq", "-o", "/dev/null", *kill_at_mark])
+    process.communicate()
+    virsh("pool-refresh", disk.pool)
+    assert disk.names() == [disk.name(1)] and head(disk.partition(1)).startswith(b"old data")
+    assert "not finished" in refused("CORRUPT_IMAGE", pool=pool2, source_pool=disk.pool, source=disk.name(1), name="back")
+    (noted,) = (path for path in Path("/run/lock/virtforge").iterdir() if path.stat().st_size)
+    at = noted.stat().st_mtime
+    # Had it been made much later, it would be somebody else's.
+    os.utime(noted, (at - 300, at - 300))
+    assert clone(**params)["actions"] == []
+    os.utime(noted, (at, at))
+    assert settle(**params)["actions"] == ["created"]
+    assert same_content(raw, "raw", disk.partition(1), "raw") and not noted.stat().st_size
+
+
+def test_a_pool_is_where_it_runs_not_where_it_will_be_started_next(disk, device, raw, scratch):
+    other = device(32 * MIB)
+    run("parted", "-s", other, "mklabel", "gpt", "mkpart", "his", "1MiB", "9MiB")
+    document = scratch / "moved.xml"
+    document.write_text(virsh("pool-dumpxml", disk.pool).replace(disk.path, other))
+    virsh("pool-define", document)
+    params = {"pool": disk.pool, "name": disk.name(1)}
+    assert settle(**params, source_path=raw)["actions"] == ["created"]
+    assert clone("storage_volume", **params, state="absent")["actions"] == ["deleted"]
+    assert disk.names() == [] and "his" in run("parted", "-s", other, "print")
+    run("partx", "-d", other)
 
 
 def test_a_run_that_fails_takes_its_partition_away(disk, pool):

@@ -28,8 +28,8 @@ from .work import Transfer, held, refuse_in_use, refuse_other_source, source_che
 if t.TYPE_CHECKING:  # pragma: no cover
     from .facts import Scene
 
-# What is written last where the first block has a mark: enough for any header.
-_FIRST = 1 << 20
+# What is written last where the first block has a mark: by one write, so that nobody finds a part of it.
+_FIRST = len(device.MARK)
 
 
 def create(scene: Scene, facts: Facts, step: Create) -> t.Optional[Transfer]:
@@ -83,8 +83,8 @@ def _staged(scene: Scene, pool: DevicePool, step: Create) -> t.ContextManager[De
 
 
 def _reads_zero(pool: DevicePool, volume: Device) -> bool:
-    """Whether what is new there reads as zeros: in a thin pool of LVM, and in Ceph."""
-    return bool(volume.thin_pool) or isinstance(pool, RbdPool)
+    """Whether what is new there reads as zeros: in a thin pool of LVM, as a rule, and in Ceph."""
+    return volume.zeroes or isinstance(pool, RbdPool)
 
 
 def _fill_marked(
@@ -105,6 +105,7 @@ def _fill_marked(
         with pool.opened(volume, what) as target:
             size = volume.capacity
             _mark(scene, target, what, watch)
+            pool.marked(facts.name)
             _fill(scene, step, target, size, what, watch, start=_FIRST)
             if target.network is None:
                 # qemu-img has flushed the others when it ended.
@@ -183,10 +184,11 @@ def grow(scene: Scene, facts: Facts, step: Grow) -> None:
     what = facts.what
     pool, volume = t.cast(DevicePool, scene.pool), t.cast(Device, scene.target.device)
     refuse_in_use(scene, facts.name, f"{what} cannot be grown")
-    begin = volume.capacity if volume.zero_from is None else volume.zero_from
+    begin = volume.sound
     pool.grow(volume, step.capacity)
     grown = t.cast(Device, pool.volume(facts.name))
-    if not _reads_zero(pool, grown):
+    # What was never written to in a thin pool reads as zeros, however that is set.
+    if not (grown.thin_pool or isinstance(pool, RbdPool)):
         with pool.opened(grown, what) as target:
             device.zero(target.fd, begin, grown.capacity, lambda: scene.deadline.check(f"growing {what}"))
         pool.zeroed(grown)

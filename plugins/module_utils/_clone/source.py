@@ -118,8 +118,10 @@ class Source:
                 raise CloneError("OPERATION_INVALID", f"{facts.what} is not active: there is no {volume.path!r}")
             return opened
         self.layers[0].lock, self.layers[0].name = pool.lock_key(volume.name), volume.name
-        if device.is_marked(self.layers[0].fd):
+        if device.is_marked(self.layers[0].fd) or pool.is_unmarked(volume):
             raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that made it was killed")
+        if volume.zero_from is not None:
+            raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that grew it was killed")
         return replace(opened, owner=None, fixed=volume.thin_pool is None)
 
     def _open(self, facts: SourceFacts, path: str, pool: t.Optional[DirectoryPool]) -> SourceFacts:

@@ -81,8 +81,9 @@ class Space:
     def _taken(self, step: Create) -> int:
         told, pool = self._source.told, self._task.pool
         if isinstance(pool, DevicePool) and not isinstance(pool, RbdPool):
-            thin = step.route == "link" and not self._source.facts.fixed
-            return 0 if thin else pool.space_for(step.capacity, self._target.device)
+            if step.route == "link":
+                return pool.snapshot_size(step.capacity) if self._source.facts.fixed else 0
+            return pool.space_for(step.capacity, self._target.device)
         if step.route == "libvirt" or (step.route not in ("blank", "link") and step.unshared is None):
             return 0
         own_blocks = step.backing is not None or self._task.request.own_blocks

@@ -190,7 +190,7 @@ class Target:
         return replace(
             facts,
             image=image,
-            unfinished=device.is_marked(self.fd),
+            unfinished=device.is_marked(self.fd) or pool.is_unmarked(volume),
             on_source=bool(below) and _device_identity(below[0].path) == source.identity,
             depth=len(below),
             needs_origin=volume.needs is not None,

@@ -31,9 +31,14 @@ from . import definition
 from .definition import Definition
 from .libvirt import LibvirtPool, device_number, translated
 
-# A tag on a logical volume that is being grown: from which byte on it may show what the disk held before.
+# A tag on a logical volume that is being grown: from which byte on, and up to which, it may show what the disk held before. It
+# means nothing where the length is another: somebody else has grown that, and what is there may be his data by now.
 _GROWING = "virtforge_zero_from_"
+_FROM_TO = re.compile(rf"{_GROWING}([0-9]+)_to_([0-9]+)")
 _ENDLESS = 1 << 62
+_CHUNK = 4096
+# Seconds that libvirt may take to make a partition.
+_MAKING = 120
 # lvm(8), "Valid names".
 _LVM_CHARACTERS = re.compile(r"[a-zA-Z0-9+_.-]*")
 _LVM_NAMES = ("snapshot", "pvmove")
@@ -55,6 +60,10 @@ class Device:
     thin_pool: t.Optional[str] = None
     #: from which byte on it still has to be zeroed, after a run that grew it was killed
     zero_from: t.Optional[int] = None
+    #: our tags on it
+    tags: t.Tuple[str, ...] = ()
+    #: whether what was never written reads as zeros
+    zeroes: bool = False
     #: bytes that it takes of its pool, where those are not its capacity
     allocated: t.Optional[int] = None
     #: the volume without which it is lost; a thin snapshot stays whole without its origin
@@ -89,7 +98,8 @@ class DevicePool(LibvirtPool):
         return volume.path if volume else os.path.join(self.path, name)
 
     def definition(self) -> Definition:
-        return definition.parse(self.document(inactive=True))
+        """What it runs with, whatever it will be started with next."""
+        return definition.parse(self.document())
 
     def lock_key(self, name: str) -> str:
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
@@ -148,6 +158,8 @@ class DevicePool(LibvirtPool):
 
     def is_unfinished(self, volume: Device) -> bool:
         """Whether a volume has its name already, and is not whole."""
+        if self.is_unmarked(volume):
+            return True
         try:
             fd = self._open_device(volume.path)
         except FileNotFoundError:
@@ -158,12 +170,20 @@ class DevicePool(LibvirtPool):
         finally:
             os.close(fd)
 
+    def is_unmarked(self, volume: Device) -> bool:
+        """Whether a run that made the volume was killed before it could mark it."""
+        return False
+
     def available(self) -> int:
         return self.sizes()[2]
 
     def space_for(self, capacity: int, target: t.Optional[Device]) -> int:
         """Bytes that a volume of this capacity takes in place of ``target``."""
         return 0 if target is not None else capacity
+
+    def snapshot_size(self, capacity: int) -> int:
+        """Bytes that a linked clone of this capacity takes, where those are reserved for it."""
+        return capacity
 
     def next_name(self, taken: t.AbstractSet[str] = frozenset()) -> t.Optional[str]:
         """The only name that the next volume can have, once those in ``taken`` are made; None where it is free."""
@@ -224,6 +244,10 @@ class DevicePool(LibvirtPool):
                 below = needed.get(below)
         return found
 
+    def cannot_delete(self, volume: Device) -> str:
+        """Why this one cannot be deleted, in a pool where others can; empty where it can."""
+        return ""
+
     def cannot_grow(self, volume: Device) -> str:
         """Why this one cannot be grown, in a pool where others can; empty where it can."""
         return ""
@@ -255,6 +279,9 @@ class DevicePool(LibvirtPool):
         """Make a volume; nobody has said yet what it reads as."""
         raise self._cannot("make a volume")
 
+    def marked(self, name: str) -> None:
+        """What was made has a mark now."""
+
     def staged(self, capacity: int, like: t.Optional[Device]) -> t.ContextManager[Device]:
         """A new volume under a name that the next run knows as unfinished; it goes where it was not published."""
         raise self._cannot("make a volume under another name")
@@ -273,18 +300,26 @@ class DevicePool(LibvirtPool):
         :raises FileExistsError: when the name is taken and ``replaces`` is not set: of two at once, one creates
         """
         self.look_again()
-        old = self._unfinished_name()
-        replaces = replaces and self.volume(name) is not None
-        if replaces:
-            # Killed in between, there is none, and the next run makes one.
-            self._rename(name, old)
-        try:
+        if not replaces or self.volume(name) is None:
             self._rename(staged, name)
-        except BaseException:
-            if replaces and self.volume(name) is None:
-                self._rename(old, name)
-            raise
-        if replaces:
+            return
+        dependents = self.dependents(name) if self.removes_dependents else []
+        if dependents:
+            raise CloneError(
+                "IN_USE",
+                f"volume {name!r} of pool {self.name!r} cannot be replaced: {dependents[0]!r} was made of it meanwhile",
+            )
+        old = self._unfinished_name()
+        # While its lock is held, no other run takes it for left behind.
+        with locks.Locks([], [self.lock_key(old)], Deadline(60, "lock_timeout"), "replacing a volume"):
+            # Killed in between, there is none of that name, and the next run makes one.
+            self._rename(name, old)
+            try:
+                self._rename(staged, name)
+            except BaseException:
+                if self.volume(name) is None:
+                    self._rename(old, name)
+                raise
             self.remove(old)
 
     def _unfinished_name(self) -> str:
@@ -321,18 +356,28 @@ class DiskPool(DevicePool):
 
     def next_name(self, taken: t.AbstractSet[str] = frozenset()) -> t.Optional[str]:
         """parted takes the lowest free number, and libvirt refuses any other name (virStorageBackendDiskMakeDataVol)."""
-        device = os.path.basename(os.path.realpath(self.source_devices()[0]))
-        # As the kernel names them: nvme0n1p1, loop0p1, sda1.
-        stem = f"{device}p" if device[-1].isdigit() else device
-        numbers = {
-            int(match.group(1))
-            for match in map(re.compile(rf"{re.escape(stem)}(\d+)").fullmatch, [*self._names(), *taken])
-            if match
-        }
-        return stem + str(next(number for number in range(1, len(numbers) + 2) if number not in numbers))
+        numbers = {self._number(name) for name in (*self._names(), *taken)} - {None}
+        return self._stem() + str(next(number for number in range(1, len(numbers) + 2) if number not in numbers))
 
-    def source_devices(self) -> t.Tuple[str, ...]:
-        return self.definition().source.devices
+    def _stem(self) -> str:
+        """What the kernel's names of the partitions begin with: nvme0n1p, loop0p, sda."""
+        device = os.path.basename(os.path.realpath(self._disk()))
+        return f"{device}p" if device[-1].isdigit() else device
+
+    def _number(self, name: str) -> t.Optional[int]:
+        """Of the partition with that name; None for what is none of this disk's."""
+        match = re.fullmatch(rf"{re.escape(self._stem())}([0-9]+)", name)
+        return int(match.group(1)) if match else None
+
+    def _disk(self) -> str:
+        return self.definition().source.devices[0]
+
+    def cannot_delete(self, volume: Device) -> str:
+        number = self._number(volume.name)
+        behind = [name for name in self._names() if (self._number(name) or 0) > (number or 0)]
+        if self.definition().source.format == "dos" and number is not None and number > 4 and behind:
+            return f"the logical partitions behind it ({', '.join(sorted(behind)[:3])}) would get other names"
+        return ""
 
     @contextmanager
     def alone(self, deadline: Deadline) -> t.Iterator[None]:
@@ -343,6 +388,8 @@ class DiskPool(DevicePool):
     def make(self, name: str, capacity: int) -> None:
         document = _xml.volume_xml(name=name, capacity=capacity, allocation=capacity)
         with self.alone(Deadline(60, "lock_timeout")), translated(f"making volume {name!r} of pool {self.name!r}"):
+            # It has its name, and anybody's data, before there is a mark on it.
+            locks.note(self.lock_key(name), True)
             self._pool.createXML(document, 0)
         made = self.volume(name)
         if made is None or made.capacity < capacity:
@@ -350,13 +397,25 @@ class DiskPool(DevicePool):
             found = made.capacity if made else 0
             raise CloneError("NO_SPACE", f"volume {name!r} of pool {self.name!r} came out with {found} bytes, not {capacity}")
 
+    def marked(self, name: str) -> None:
+        locks.note(self.lock_key(name), False)
+
+    def is_unmarked(self, volume: Device) -> bool:
+        noted = locks.noted_at(self.lock_key(volume.name))
+        if noted is None:
+            return False
+        # One that was made later, or given to somebody, is not the one that the note is of.
+        return -1 <= os.stat(os.path.realpath(volume.path)).st_ctime - noted < _MAKING
+
     def remove(self, name: str) -> None:
         """By parted itself: libvirt asks it to remove "p1" of disks whose own name ends in a digit (9.0)."""
-        number = re.search(r"\d+$", name)
+        number = self._number(name)
+        if number is None:
+            raise CloneError("OPERATION_INVALID", f"volume {name!r} of pool {self.name!r} is no partition of {self._disk()!r}")
         program = _process.find("parted")
-        if program is None or number is None:
+        if program is None:
             raise CloneError("MISSING_DEPENDENCY", f"pool {self.name!r}: parted is not installed")
-        status, _out, err = _process.run([program, "--script", self.source_devices()[0], "rm", number.group()], ())
+        status, _out, err = _process.run([program, "--script", self._disk(), "rm", str(number)], ())
         if status:
             text = " ".join(err.split())
             raise CloneError("IO_ERROR", f"deleting volume {name!r} of pool {self.name!r} failed: {text}")
@@ -408,7 +467,7 @@ class LogicalPool(DevicePool):
         rows = self._listed()
         thin_pools = {row["lv_name"]: row["pool_lv"] for row in rows}
         # The first attribute tells pools, metadata and the parts of mirrors from what has data of its own (lvs(8)).
-        return [_logical_volume(row, thin_pools) for row in rows if row["lv_attr"][0] in "-oOmMrRsSV" and row["lv_path"]]
+        return [_logical_volume(row, thin_pools) for row in rows if row["lv_attr"][0] in "-oOmMrRsSVCv" and row["lv_path"]]
 
     def _listed(self) -> t.List[t.Dict[str, str]]:
         """The volumes as lvs tells them, each with what is the same for all of the group."""
@@ -420,6 +479,12 @@ class LogicalPool(DevicePool):
     def space_for(self, capacity: int, target: t.Optional[Device]) -> int:
         # The old one is there until the new one is whole.
         return 0 if target is not None and target.thin_pool else capacity
+
+    def snapshot_size(self, capacity: int) -> int:
+        # Of chunks of 4 KiB a header, and one with records for each 256 of data (_cow_max_size() in LVM's snapshot.c).
+        chunks = -(-capacity // _CHUNK)
+        size = (1 + chunks + -(-chunks // 256)) * _CHUNK
+        return -(-size // self.granularity) * self.granularity
 
     def cannot_name(self, name: str) -> str:
         if name.startswith("-"):
@@ -477,7 +542,8 @@ class LogicalPool(DevicePool):
         """A snapshot: a thin one of a thin volume; else a classic one, with room for all of its origin to change."""
         origin = t.cast(Device, self.volume(name))
         # Thin snapshots are made not to be activated, unless one says so (lvmthin(7)).
-        how = ["-kn", "-ay"] if origin.thin_pool else ["-L", f"{capacity}b"]
+        # The other kind has its own records too; LVM knows how much more they take ("100%ORIGIN" in lvcreate(8)).
+        how = ["-kn", "-ay"] if origin.thin_pool else ["-l", "100%ORIGIN"]
         with self._staged(["-s", *how, f"{self.group}/{name}"]) as device:
             if device.capacity < capacity:
                 self.grow(device, capacity)
@@ -509,23 +575,27 @@ class LogicalPool(DevicePool):
     def grow(self, device: Device, capacity: int) -> None:
         """What is added reads as it did on the disk, until :meth:`zeroed`: a tag says so, whatever happens."""
         where = f"{self.group}/{device.name}"
-        if not device.thin_pool and device.zero_from is None:
-            self._change(f"growing {where}", "lvchange", "-q", "--addtag", f"{_GROWING}{device.capacity}", where)
         if device.capacity == capacity:
             # By a run that was killed before it zeroed what it had added.
             return
+        tag = f"{_GROWING}{device.sound}_to_{capacity}"
+        if device.thin_pool is None:
+            self._tag(where, add=[tag])
         try:
             self._change(f"growing {where}", "lvextend", "-q", "-L", f"{capacity}b", where)
         except CloneError:
-            # It is as large as before. Left behind, the tag would have us zero what others add to it later.
-            if not device.thin_pool and device.zero_from is None:
-                self._change(f"growing {where}", "lvchange", "-q", "--deltag", f"{_GROWING}{device.capacity}", where)
+            # It is as large as before.
+            if device.thin_pool is None:
+                self._tag(where, remove=[tag])
             raise
 
     def zeroed(self, device: Device) -> None:
-        if device.zero_from is not None:
-            where = f"{self.group}/{device.name}"
-            self._change(f"growing {where}", "lvchange", "-q", "--deltag", f"{_GROWING}{device.zero_from}", where)
+        self._tag(f"{self.group}/{device.name}", remove=device.tags)
+
+    def _tag(self, where: str, add: t.Sequence[str] = (), remove: t.Sequence[str] = ()) -> None:
+        arguments = [*(f"--addtag={tag}" for tag in add), *(f"--deltag={tag}" for tag in remove)]
+        if arguments:
+            self._change(f"growing {where}", "lvchange", "-q", *arguments, where)
 
     def _sweep(self) -> None:
         """Delete what runs that are dead have left unfinished: their lock is free."""
@@ -573,7 +643,9 @@ def _logical_volume(row: t.Mapping[str, str], thin_pools: t.Mapping[str, str]) -
     :param thin_pools: of every volume of the group, by name
     """
     size, origin, thin_pool = int(row["lv_size"]), row["origin"] or None, row["pool_lv"] or None
-    tags = (tag for tag in row["lv_tags"].split(",") if tag.startswith(_GROWING))
+    if row["lv_attr"][:1] != "V":
+        # Of a cached volume it is the pool of its cache.
+        thin_pool = None
     capacity, allocation, needs = size, size, None
     if thin_pool:
         allocation = int(size * float(row["data_percent"] or 0) / 100)
@@ -584,8 +656,13 @@ def _logical_volume(row: t.Mapping[str, str], thin_pools: t.Mapping[str, str]) -
         capacity = int(row["origin_size"] or size)
         # One in brackets is LVM's own, of a volume that was made with --virtualsize.
         needs = origin = None if origin.startswith("[") else origin
-    zero_from = next((int(tag[len(_GROWING) :]) for tag in tags), None)
-    return Device(row["lv_name"], row["lv_path"], capacity, origin, thin_pool, zero_from, allocation, needs)
+    tags = tuple(tag for tag in row["lv_tags"].split(",") if tag.startswith(_GROWING))
+    grown = [match for match in map(_FROM_TO.fullmatch, tags) if match and int(match.group(2)) == capacity]
+    zero_from = max((int(match.group(1)) for match in grown), default=None)
+    # Its thin pool may have been told not to zero new blocks (lvs(8), the eighth attribute).
+    zeroes = thin_pool is not None and row["lv_attr"][7:8] == "z"
+    name, path = row["lv_name"], row["lv_path"]
+    return Device(name, path, capacity, origin, thin_pool, zero_from, tags, zeroes, allocation, needs)
 
 
 class LunPool(DevicePool):

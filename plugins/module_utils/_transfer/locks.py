@@ -78,17 +78,43 @@ def _try_lock(fd: int, kind: int) -> bool:
     return True
 
 
-def _lock_directory() -> str:
-    """A directory that is ours alone: in a place where everybody may write, another user could have made it first."""
+def note(name: str, pending: bool) -> None:
+    """Note in a lock file whose lock is held that what it stands for is not to be taken for whole, or that it may be.
+
+    It is there until a reboot, also when the process is killed.
+    """
+    fd = os.open(os.path.join(_lock_directory(), name), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.ftruncate(fd, 0)
+        if pending:
+            os.write(fd, b"pending")
+    finally:
+        os.close(fd)
+
+
+def noted_at(name: str) -> t.Optional[float]:
+    """When :func:`note` has noted that, in seconds since the epoch; None where it has not. Makes no file."""
+    try:
+        status = os.lstat(os.path.join(_where(), name))
+    except FileNotFoundError:
+        return None
+    return status.st_mtime if status.st_size else None
+
+
+def _where() -> str:
     user = os.geteuid()
     if user == 0:
-        parent, name = "/run/lock", "virtforge"
-        os.makedirs(parent, exist_ok=True)
-    elif os.path.isdir(os.environ.get("XDG_RUNTIME_DIR", "")):
-        parent, name = os.environ["XDG_RUNTIME_DIR"], "virtforge"
-    else:
-        parent, name = tempfile.gettempdir(), f"virtforge-{user}"
-    path = os.path.join(parent, name)
+        return "/run/lock/virtforge"
+    if os.path.isdir(os.environ.get("XDG_RUNTIME_DIR", "")):
+        return os.path.join(os.environ["XDG_RUNTIME_DIR"], "virtforge")
+    return os.path.join(tempfile.gettempdir(), f"virtforge-{user}")
+
+
+def _lock_directory() -> str:
+    """A directory that is ours alone: in a place where everybody may write, another user could have made it first."""
+    user, path = os.geteuid(), _where()
+    if user == 0:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:

@@ -406,6 +406,9 @@ class _File(_Scene):
 class _Device(_Scene):
     """A volume of a pool whose volumes are devices."""
 
+    #: what depended on it when that was judged
+    _judged: t.Sequence[str] = ()
+
     def close(self) -> None:
         """Nothing stays open."""
 
@@ -420,14 +423,16 @@ class _Device(_Scene):
         volume = volumes.get(name)
         if volume is None:
             return Facts()
-        if not capabilities.of(pool.type).delete:
-            return Facts(volume={}, fixed=f"a pool of type {pool.type} cannot delete one")
+        able = capabilities.of(pool.type).delete
+        fixed = pool.cannot_delete(volume) if able else f"a pool of type {pool.type} cannot delete one"
+        if fixed:
+            return Facts(volume={}, fixed=fixed)
         denied = pool.denied() or pool.cannot_write()
         if denied:
             return Facts(volume={}, denied=denied)
         if self.request.wipe is not None:
             wipe.scrub_program(self.request.wipe)
-        dependents = pool.dependents(name)
+        dependents = self._judged = pool.dependents(name)
         return Facts(
             volume=devices.describe(pool, volume, list(volumes.values())),
             dependents=tuple(dependents),
@@ -457,6 +462,9 @@ class _Device(_Scene):
         users = self._users([volume], patiently=True)
         if users:
             raise CloneError("IN_USE", f"{what} cannot be {doing}: it is open by {users}")
+        new = set(self.pool.dependents(volume.name)) - set(self._judged)
+        if new:
+            raise CloneError("IN_USE", f"{what} cannot be {doing}: {min(new)!r} was made of it meanwhile")
         return volume
 
     def wipe(self, what: str) -> None:

@@ -50,11 +50,11 @@ def row(name, **stated):
 
 def logical_volumes():
     rows = [
-        row("base", lv_tags="mine"),
+        row("base", lv_attr="owi-a-s---", lv_tags="mine,virtforge_zero_from_1048576_to_8388608"),
         row("snap", origin="base", origin_size=str(8 * MIB), lv_size=str(4 * MIB), data_percent="3.00"),
-        row("tbase", pool_lv="thin", data_percent="50.00", lv_tags="mine,virtforge_zero_from_1048576"),
-        row("tsnap", pool_lv="thin", origin="tbase", data_percent="25.00"),
-        row("outer", pool_lv="thin", origin="base", data_percent="0.00"),
+        row("tbase", lv_attr="Vwi-a-tz--", pool_lv="thin", data_percent="50.00", lv_tags="mine,virtforge_zero_from_1_to_2"),
+        row("tsnap", lv_attr="Vwi---t---", pool_lv="thin", origin="tbase", data_percent="25.00"),
+        row("outer", lv_attr="Vwi---tz-k", pool_lv="thin", origin="base", data_percent="0.00"),
     ]
     thin_pools = {one["lv_name"]: one["pool_lv"] for one in rows}
     return {one["lv_name"]: devices._logical_volume(one, thin_pools) for one in rows}
@@ -74,7 +74,12 @@ def test_what_lvs_says():
     # A thin snapshot stands alone, unless it is one of a volume outside its thin pool.
     assert [found[name].origin for name in NAMES] == [None, "base", None, "tbase", "base"]
     assert [found[name].needs for name in NAMES] == [None, "base", None, None, "base"]
-    assert [found[name].sound for name in NAMES] == [8 * MIB, 8 * MIB, MIB, 8 * MIB, 8 * MIB]
+    # Tagged for another length, it was grown by somebody else.
+    assert [found[name].sound for name in NAMES] == [MIB, 8 * MIB, 8 * MIB, 8 * MIB, 8 * MIB]
+    assert [found[name].zeroes for name in NAMES] == [False, False, True, False, True]
+    assert [len(found[name].tags) for name in NAMES] == [1, 0, 1, 0, 0]
+    cached = devices._logical_volume(row("c", lv_attr="Cwi-aoC---", pool_lv="[fast_cpool]"), {})
+    assert (cached.thin_pool, cached.allocated) == (None, 8 * MIB)
 
 
 class Pool(DevicePool):
