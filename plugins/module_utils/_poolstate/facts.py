@@ -15,6 +15,7 @@ from .._deadline import Deadline
 from .._errors import CloneError, from_os_error
 from .._pools import block_device, definition
 from .._pools.definition import TYPES, Auth, Definition, PoolType, Stated
+from .._pools.devices import DevicePool
 from .._pools.directory import kind_of, mount_point
 from .._pools.libvirt import Connection, LibvirtPool
 from .._pools.remote import RemotePool
@@ -92,7 +93,12 @@ class Scene:
     def _users(self, pool: PoolFacts) -> str:
         known = TYPES.get(pool.live.type, PoolType())
         if known.takes_away and not known.mounts:
-            return self.connection.users_among(t.cast(LibvirtPool, self.pool).volume_paths(), self.request.name)
+            domains = self.connection.users_among(t.cast(LibvirtPool, self.pool).volume_paths(), self.request.name)
+            if domains or not isinstance(self.pool, DevicePool):
+                return domains
+            # A file system, a volume group or a guest's disk may be on top of them; iscsid logs out under all of that.
+            users = self.pool.users_by_name(self.pool.volumes())
+            return next((f"{some[0]} (volume {name!r})" for name, some in users.items() if some), "")
         path = pool.live.target_path
         if known.path == "none" or path is None or not known.directory:
             # Nothing of it is a file of this host.

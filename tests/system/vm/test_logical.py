@@ -144,6 +144,16 @@ def test_a_killed_run_leaves_no_volume_and_takes_no_space(lvm, pool):
     assert same_content(source, "raw", "/dev/vgclone/web", "raw")
 
 
+def test_a_thin_pool_that_does_not_zero_shows_nothing_either(lvm, pool):
+    """A block of it that is written to in part keeps what the rest of it held."""
+    run("lvcreate", "-y", "-q", "-Zn", "-L", "96M", "--thinpool", "thin", "vgclone")
+    run("lvcreate", "-y", "-q", "-V", "16M", "--thinpool", "thin", "-n", "web", "vgclone")
+    source = make_raw(pool / "sparse.raw", 16 * MIB, [(100, 1), (900, 1)], unit=4096)
+    result = clone(pool=lvm, name="web", source_path=source, compare="content", force=True)
+    assert result["actions"] == ["replaced"] and volumes()["web"]["segtype"] == "thin"
+    assert same_content(source, "raw", "/dev/vgclone/web", "raw")
+
+
 def test_a_name_that_lvm_does_not_have(lvm, raw):
     assert "characters" in refused("INVALID_ARG", pool=lvm, name="web 1", source_path=raw)
     assert not volumes()

@@ -123,6 +123,10 @@ def test_an_iscsi_pool_through_its_life(initiator):
     assert (result["pool"]["path"], result["pool"]["source"]) == ("/dev/disk/by-path", source)
     assert len(virsh("vol-list", "luns").split("\n\n")[0].splitlines()) == len(initiator.units)
     assert len(glob.glob("/dev/disk/by-path/*iqn.2026-01.test:open-lun-*")) >= len(initiator.units)
+    # No domain has it, but what has would lose it.
+    with open(glob.glob("/dev/disk/by-path/*iqn.2026-01.test:open-lun-1")[0], "rb"):
+        result = module({"name": "luns", "state": "inactive"}, module=POOL)
+        assert (result["failed"], result["error_code"]) == (True, "IN_USE"), result
     settle(["stopped"], name="luns", state="inactive")
     settle(["started"], name="luns")
     settle(["stopped", "undefined"], name="luns", state="absent")
