@@ -67,8 +67,13 @@ class Scene:
     def _desired(self, base: t.Optional[str], pool: t.Optional[PoolFacts], stated: Stated) -> t.Tuple[str, Definition]:
         # Which names of a device of another host are links to others is not known here.
         spelled = _Spelling(pool.definition.source.devices if pool and not self.connection.remote else ())
-        document = definition.merge(base, self.request.name, pool.definition.uuid if pool else None, stated, spelled)
-        return document, definition.parse(document)
+        uuid = pool.definition.uuid if pool else None
+        document = definition.merge(base, self.request.name, uuid, stated, spelled)
+        desired = definition.parse(document)
+        if desired.type == "logical" and not self.connection.remote:
+            document = definition.merge(base, self.request.name, uuid, stated, lambda device: _name_for_lvm(spelled(device)))
+            desired = definition.parse(document)
+        return document, desired
 
     def _directory(self, desired: Definition) -> t.Optional[DirectoryFacts]:
         if desired.target_path is None or not self.request.needs_directory:
@@ -155,6 +160,22 @@ class _Spelling:
 
     def __call__(self, device: str) -> str:
         return self._names.get(os.path.realpath(device), device) if device.startswith("/") else device
+
+
+def _name_for_lvm(device: str) -> str:
+    """A device as LVM prints it, where it is stated by a link of udev's.
+
+    libvirt starts a volume group only if each device has, letter by letter, the name that pvs(8) prints
+    (virStorageBackendLogicalMatchPoolSource).
+    """
+    if not device.startswith("/dev/disk/"):
+        return device
+    real = os.path.realpath(device)
+    try:
+        with open(f"/sys/class/block/{os.path.basename(real)}/dm/name", encoding="utf-8") as file:
+            return f"/dev/mapper/{file.read().strip()}"
+    except OSError:
+        return real
 
 
 def _pool(pool: LibvirtPool) -> PoolFacts:
