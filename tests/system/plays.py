@@ -45,17 +45,19 @@ def device_examples(pool, **names):
 
     :param names: what stands in the options for what it is here, ``images`` for the directories of images
     """
-    texts = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "block_and_network_pools.md").read_text(), re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs" / "block_and_network_pools.md").read_text()
     examples = []
-    for text in [*texts, storage_volume_clone.EXAMPLES]:
+    for text in [*re.findall("^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL), storage_volume_clone.EXAMPLES]:
         for old in ("/srv/images", "/var/lib/libvirt/images"):
             text = text.replace(old, str(names["images"]))
         for task in yaml.safe_load(text):
             for name, options in task.items():
                 if name.startswith("virtforge.libvirt.") and pool in (options.get("pool"), options.get("source_pool")):
                     # The sizes are those of a person's machine.
-                    here = {key: value.replace("GiB", "MiB") if key == "capacity" else value for key, value in options.items()}
-                    examples.append((name.rpartition(".")[2], {key: names.get(str(value), value) for key, value in here.items()}))
+                    here = {key: names.get(str(value), value) for key, value in options.items()}
+                    if "capacity" in here:
+                        here["capacity"] = here["capacity"].replace("GiB", "MiB")
+                    examples.append((name.rpartition(".")[2], here))
     assert examples, pool
     return examples
 

@@ -11,7 +11,22 @@ import subprocess
 
 import pytest
 from conftest import DOMAIN, remove_pool
-from harness import MIB, clone, held, make_raw, module, refused, result_of, run, same_content, settle, start, virsh, warnings, zeros
+from harness import (
+    MIB,
+    clone,
+    held,
+    make_raw,
+    module,
+    refused,
+    result_of,
+    run,
+    same_content,
+    settle,
+    start,
+    virsh,
+    warnings,
+    zeros,
+)
 from plays import device_examples
 
 VOLUME, INFO = "storage_volume", "storage_volume_info"
