@@ -111,7 +111,7 @@ options:
     description:
       - Directory of the managed host in which images of O(source_url) are kept, unpacked. Made where it is missing.
       - With O(checksum), an image that is there is used without asking the server for it. Without, the server is asked whether
-        it has another one; what it says neither C(ETag) nor C(Last-Modified) of is not kept.
+        it has another one; an image for which it sends neither C(ETag) nor C(Last-Modified) is not cached.
       - Of many tasks that want the same image, one fetches it. RV(source.cache) tells which.
       - Nothing is ever removed from it. On the file system of the pool, volumes can share the blocks of what is in it.
     type: path

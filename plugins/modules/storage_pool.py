@@ -51,7 +51,7 @@ options:
   type:
     description:
       - Kind of pool. V(dir) is a directory, V(fs) a file system on a block device, V(netfs) one on the network, V(logical)
-        a volume group of LVM, V(disk) the partitions of a disk, V(rbd) a pool of Ceph, V(iscsi) the units of an iSCSI target as
+        a volume group of LVM, V(disk) the partitions of a disk, V(rbd) a pool of Ceph, V(iscsi) the LUNs of an iSCSI target as
         disks of the host and V(iscsi-direct) the same without the kernel, V(scsi) the disks of an adapter, V(mpath) the
         multipath devices of the host, V(gluster) a volume of GlusterFS by its library, V(zfs) a pool of ZFS, V(vstorage) a
         cluster of Virtuozzo.

@@ -123,14 +123,16 @@ pools:
         format: xfs
     capabilities:
       description:
-        - What this collection can do with its volumes, C(create), C(clone) (be the target of a full clone), C(grow) and
-          C(delete).
+        - What this collection can do with its volumes, C(create), C(clone) (be the target of a full clone), C(linked) (be
+          that of a linked one), C(flatten), C(grow) and C(delete).
         - With C(formats), those that a new volume can have.
       type: dict
       returned: success
       sample:
         create: true
         clone: true
+        linked: true
+        flatten: true
         grow: true
         delete: true
         formats: [raw, qcow2]

@@ -12,7 +12,7 @@ version_added: 0.1.0
 author:
   - The virtforge.libvirt authors (@virtforge)
 description:
-  - Makes a blank volume in a pool, grows one that is smaller than stated, has one stand alone, or deletes one. To make a
+  - Makes a blank volume in a pool, grows one that is smaller than stated, flattens one, or deletes one. To make a
     volume that has a content, use M(virtforge.libvirt.storage_volume_clone).
   - The volume is declared. Where it exists as stated, nothing is done. Where it differs in more than a smaller capacity, owner,
     group or mode, the task fails and names the difference.
@@ -36,18 +36,24 @@ requirements:
   - C(qemu-img) on the managed host, for all volumes but raw ones
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt; C(lxml) for O(xml)
   - LVM (C(lvs), C(lvcreate) and so on) or C(parted) on the managed host, for pools of the types C(logical) or C(disk)
+  - C(rados) and C(rbd) for Python (C(python3-rados), C(python3-rbd)) on the managed host, for pools of the type C(rbd), and
+    with O(force) the block driver rbd of QEMU (Debian C(qemu-block-extra))
   - C(scrub) on the managed host, for a O(wipe_algorithm) other than V(zero) and V(trim)
 options:
   pool:
     description:
-      - Pool of the volume, the name of a libvirt pool of the type C(dir), C(fs), C(netfs), C(logical), C(disk), C(iscsi) or
-        C(scsi), or an absolute path of a directory, which needs no libvirt at all.
+      - Pool of the volume, the name of a libvirt pool of files (C(dir), C(fs), C(netfs)), of devices (C(logical), C(disk),
+        C(iscsi), C(scsi)) or on the network (C(rbd), C(iscsi-direct)), or an absolute path of a directory, which needs no
+        libvirt at all.
       - With O(state=absent), a pool that does not exist holds no volume, so nothing is done.
     type: str
     required: true
   name:
     description:
       - Name of the volume, one path component.
+      - In a pool of the type C(disk) a new partition takes the next free number, such as C(sdb3), and no other name. In one
+        of the type C(logical) a name has no other characters than letters without accents, digits and C(+ _ . -), and in one
+        of the type C(rbd) no C(@).
       - Required, here or in O(xml).
     type: str
     aliases: [volume]
@@ -73,6 +79,7 @@ options:
     description:
       - Format of the volume, one of V(raw), V(qcow2), V(vmdk), V(vdi), V(vhdx), V(vpc), V(qed) and V(qcow).
       - A new volume is V(raw) where this is not stated, and the format of one that exists is then not looked at.
+      - In pools of devices and on the network it is always V(raw).
     type: str
   owner:
     description:
@@ -90,12 +97,16 @@ options:
   resize:
     description:
       - Whether a volume that exists and is smaller than O(capacity) is grown. If not, the task fails.
+      - Partitions and LUNs cannot be grown.
     type: bool
     default: true
   flatten:
     description:
-      - Whether a volume that has a backing store is made to stand alone. It is written anew, sharing blocks where the file
-        system can do that, and takes its own place once it is whole; owner, group, mode and options of the format stay.
+      - Whether a volume that has a backing store is made to stand alone. A file is written anew, sharing blocks where the file
+        system can do that, and takes its own place once it is whole; owner, group, mode and options of the format stay. Ceph
+        does it for a volume of an C(rbd) pool, in place.
+      - Linked clones of files and of C(rbd) pools can be flattened. A classic snapshot of a C(logical) pool cannot. A thin one
+        keeps its data without its origin, and is left as it is.
       - In the same go it is grown, and gets the owner, group and mode that are stated.
       - Volumes that have it as their backing store stay valid.
       - A volume that is in use is refused, and so is one with internal snapshots, which would be lost. Bitmaps are lost, with
@@ -111,7 +122,7 @@ options:
     description:
       - Overwrite the data of the volume before it is deleted. Only with O(state=absent).
       - A thin logical volume, a snapshot, and one that has snapshots cannot be wiped. What is written to them takes space
-        elsewhere, or is kept there as it was.
+        elsewhere, or is kept there as it was. Volumes of C(rbd) pools cannot be wiped either.
       - Blocks that other files share, and all blocks on file systems that write elsewhere instead of overwriting (btrfs), keep
         their data; a warning says so.
       - With a O(uri) of another host, libvirt does it, which only frees the blocks of a raw file that has holes.
@@ -126,11 +137,14 @@ options:
     choices: [zero, nnsa, dod, bsi, gutmann, schneier, pfitzner7, pfitzner33, random, trim]
   force:
     description:
-      - With O(state=present), a volume that exists and differs is replaced by a blank one, and its data is lost.
+      - With O(state=present), a volume that exists and differs is replaced by a blank one, and its data is lost. In pools of
+        files, and of the types C(logical) and C(rbd), the new one is made under another name, and until the old one is gone
+        both need their space. A partition or LUN keeps its size, so one that is larger than stated is not replaced.
       - With O(state=absent), a volume is deleted although others depend on it, which makes them unreadable, or although some
         that may depend on it cannot be read.
-      - A logical volume is deleted together with its snapshots, because LVM does so. A thin snapshot is none of those. It keeps
-        its data when its origin is gone.
+      - A logical volume is deleted together with its snapshots, because LVM does so. Thin snapshots are kept. They keep their
+        data when their origin is gone.
+      - A volume of an C(rbd) pool that others depend on is never deleted. Delete or flatten its linked clones first.
       - A volume that others depend on is not replaced.
       - A volume that is in use is neither replaced nor deleted.
     type: bool
@@ -140,12 +154,14 @@ seealso:
   - module: virtforge.libvirt.storage_volume_info
 notes:
   - Without root, and for a pool that belongs to root, use C(become).
-  - In pools of the types C(logical), C(disk), C(iscsi) and C(scsi) volumes are devices. They are raw, have no owner, group or
-    mode to be stated, and a new one reads as zeros. Their capacity is a whole number of extents (C(logical)) or MiB (C(disk)).
-  - A partition (C(disk)) has the name that libvirt gives to the next one, such as C(sdb3), and keeps its size. A LUN (C(iscsi),
-    C(scsi)) is neither made, grown nor deleted here.
+  - In pools of the types C(logical), C(disk), C(iscsi), C(iscsi-direct), C(scsi) and C(rbd) volumes are raw, have no owner,
+    group or mode to be stated, and a new one reads as zeros. Their capacity is a whole number of extents (C(logical)) or MiB
+    (C(disk)).
+  - A partition (C(disk)) has the name that the kernel gives it, such as C(sdb3), which may be C(sdc3) after a reboot, and keeps
+    its size. A LUN (C(iscsi), C(iscsi-direct), C(scsi)) is neither made, grown nor deleted here.
   - A logical volume that is a snapshot, or has snapshots, is not grown, a thin one is.
-  - What others do to a disk, libvirt notices only when its pool is refreshed.
+  - What others do to a disk or a target, libvirt notices only when its pool is refreshed.
+  - A volume group or disk that several hosts see is only for tasks on one of them, C(run_once=true).
 """
 
 EXAMPLES = r"""

@@ -18,11 +18,12 @@ description:
     differs otherwise, the task fails and names the difference, or replaces it with O(force=true).
   - A clone shares the blocks of its source where the file system can do that, and is otherwise copied without its holes and
     zeros. Formats are converted, and backing chains flattened, by C(qemu-img).
-  - A linked clone is made in no time and takes no space to begin with. It is a qcow2 image over its source, of which it
-    records the path, so the source has to stay where it is and must not be written to any more.
-  - A new volume gets its name once it is whole and safely on disk. A task that is killed leaves nothing behind. Where a file
-    needs a name earlier, with O(force=true) and on file systems without unnamed files such as NFS, it may leave a hidden file,
-    which the next run removes.
+  - A linked clone is made in no time. In a pool of files it is a qcow2 image over its source, of which it records the path, so
+    the source has to stay where it is and must not be written to any more. In a pool of the type C(rbd) it is a child of a
+    snapshot of its source, in one of the type C(logical) a snapshot.
+  - A new volume gets its name once it is whole and safely on disk. In a pool of files a task that is killed leaves nothing
+    behind. Where a file needs a name earlier, with O(force=true) and on file systems without unnamed files such as NFS, it may
+    leave a hidden file, which the next run removes. What it leaves in pools of devices, the notes say.
   - Images are checked by C(qemu-img check) before they are cloned, and corrupt ones are refused.
   - A source that is open for writing is refused. To clone the disk of a running virtual machine, make a snapshot first and
     clone the image that is then no longer written to.
@@ -45,20 +46,28 @@ attributes:
 requirements:
   - C(qemu-img) on the managed host, for all but copies of raw volumes
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt; C(lxml) for O(xml)
-  - C(rados) and C(rbd) for Python, and the block driver rbd of QEMU, on the managed host, for pools of the type C(rbd)
-  - the block driver iscsi of QEMU on the managed host, for pools of the type C(iscsi-direct)
+  - LVM (C(lvs), C(lvcreate) and so on) on the managed host, for pools of the type C(logical)
+  - C(parted) on the managed host, for pools of the type C(disk)
+  - C(rados) and C(rbd) for Python (C(python3-rados), C(python3-rbd)), and the block driver rbd of QEMU (Debian
+    C(qemu-block-extra)), on the managed host, for pools of the type C(rbd)
+  - the block driver iscsi of QEMU (Debian C(qemu-block-extra)) on the managed host, for pools of the type C(iscsi-direct)
   - C(zstd) on the managed host, for images that are compressed by it
 options:
   pool:
     description:
-      - Pool in which the volume is made, the name of a libvirt pool of the type C(dir), C(fs) or C(netfs), or an absolute
-        path of a directory, which needs no libvirt at all.
+      - Pool in which the volume is made, the name of a libvirt pool of files (C(dir), C(fs), C(netfs)), of devices (C(logical),
+        C(disk), C(iscsi), C(scsi)) or on the network (C(rbd), C(iscsi-direct)), or an absolute path of a directory, which needs
+        no libvirt at all.
     type: str
     required: true
   name:
     description:
       - Name of the new volume. One path component.
       - Made up where neither this nor O(xml) states it. The clone of C(base.qcow2) is C(base-clone.qcow2).
+      - To be stated for a pool of the type C(disk), where a new partition takes the next free number, such as C(sdb3), and no
+        other name. One for C(iscsi), C(iscsi-direct) and C(scsi) is that of a LUN that exists.
+      - In a pool of the type C(logical) it has no other characters than letters without accents, digits and C(+ _ . -), and in
+        one of the type C(rbd) no C(@).
     type: str
     aliases: [volume]
   xml:
@@ -102,8 +111,8 @@ options:
   source:
     description:
       - Name of the volume in O(source_pool) to clone.
-      - To clone an overlay whose backing file lies in another directory, state the overlay as O(source_path) and that directory
-        as O(source_pool).
+      - To clone a linked clone whose backing file lies in another directory, state the linked clone as O(source_path) and that
+        directory as O(source_pool).
     type: str
     aliases: [clone_source, source_volume]
   source_path:
@@ -128,23 +137,31 @@ options:
   clone_type:
     description:
       - V(full) makes a volume that stands alone; it is what is made without this option too.
-      - V(linked) makes a qcow2 image that has the source as its backing store. The source may be of any format, and an overlay
+      - V(linked) makes a volume that has the source as its backing store. The source may be of any format, and a linked clone
         itself; an encrypted one is refused. It has to stay, so a O(source_url) and a compressed source are refused.
+      - In a pool of files it is a qcow2 image. In one of the type C(rbd) it is a child of a snapshot of a O(source) in a pool
+        of the same Ceph. In one of the type C(logical) it is a snapshot of a O(source) in the same pool. Other pools have
+        none.
+      - The snapshot of a thin volume is thin. That of another one is classic. It reserves as much space as its source has, has
+        exactly the capacity of that, and neither of the two can be grown from then on.
       - Where stated, a volume that exists and is the other kind, or a linked clone of something else, differs.
-      - To make a linked clone stand alone later, see O(virtforge.libvirt.storage_volume#module:flatten).
+      - To flatten a linked clone later, see O(virtforge.libvirt.storage_volume#module:flatten). Classic snapshots of
+        C(logical) cannot be flattened.
     type: str
     choices: [full, linked]
   format:
     description:
       - Format of the new volume, one of V(raw), V(qcow2), V(vmdk), V(vdi), V(vhdx), V(vpc), V(qed) and V(qcow).
         V(iso) and V(img) are read as V(raw).
-      - The source's where not stated. A linked clone is always V(qcow2).
+      - The source's where not stated. A linked clone is always V(qcow2) in a pool of files.
+      - In pools of devices and on the network it is always V(raw), stated or not.
     type: str
   capacity:
     description:
       - Size that a guest sees, in libvirt's units in any case, or in bytes. V(40G) and V(40GiB) are 40 * 2^30 bytes,
         V(40 GB) is 40 * 10^9.
-      - Exact, or the smallest size above it that the format can represent. The source's where not stated.
+      - Exact, or the smallest size above it that format and pool can represent, in pools of the type C(logical) a whole number
+        of extents, in those of the type C(disk) of MiB. The source's where not stated.
     type: str
     aliases: [size]
   allow_shrink:
@@ -167,17 +184,24 @@ options:
   resize:
     description:
       - Whether a volume that exists and is smaller than O(capacity) is grown. If not, the task fails.
+      - Partitions and LUNs cannot be grown.
     type: bool
     default: true
   compare:
     description:
       - What a volume that exists is judged on. V(content) compares its data with the source's too.
+      - V(content) is to be stated for a LUN.
     type: str
     choices: [metadata, content]
     default: metadata
   force:
     description:
       - Replace a volume that exists and differs in more than its owner, group, mode, or a smaller capacity.
+      - A file is replaced by a new one, which is renamed. A volume of C(logical) or C(rbd) is replaced by a new one that was
+        made under another name. Until it is gone, the old one needs its space too.
+      - A partition or LUN is overwritten in place and keeps its size. A task that is killed meanwhile leaves neither the old
+        data nor the new but a mark, and the next run begins anew.
+      - A device with LUKS is not replaced.
       - A volume that others depend on, as their backing store or for their data, or that is in use is not replaced.
     type: bool
     default: false
@@ -243,8 +267,16 @@ notes:
     pool that names the same monitors. The snapshot is called C(virtforge-base-1) and so on. It is made once, protected, and
     used again for as long as the source stays as it is. It is removed when its last child was deleted or made to stand alone.
   - Who has an image open for writing, on whatever host, is told by Ceph. What other hosts do with a LUN, nobody tells.
-  - A LUN of an C(iscsi-direct) pool has to exist, and is filled only where O(compare=content), and with O(force=true). Until it
-    is whole it begins with a mark; the next run begins anew where it finds that.
+  - A LUN, of a pool of the type C(iscsi), C(iscsi-direct) or C(scsi), has to exist, and is filled only with O(compare=content),
+    and with O(force=true) where it holds other data. It keeps its size, and reads as zeros beyond the data of the source.
+  - Until it is whole, a LUN or partition begins with a mark. A task that is killed leaves it so. The next run that makes it
+    begins anew, for which it needs no O(force). As a source it is refused.
+  - Until it is whole, a volume of a C(logical) pool has a name that begins with C(.virtforge-). A task that is killed leaves
+    that volume behind, and the next task that makes one in the pool removes it.
+  - Runs on several hosts do not wait for each other. With Ceph and NFS one of them makes a name, and the others find it. A
+    volume group, a disk or LUN that several hosts see is only for tasks on one of them, C(run_once=true), since a run on
+    another host would remove or overwrite a volume that is not finished.
+  - A partition has the name that the kernel gives it. C(sdb3) may be C(sdc3) after a reboot.
 """
 
 EXAMPLES = r"""
@@ -343,6 +375,14 @@ EXAMPLES = r"""
     clone_type: linked
     capacity: 40GiB
 
+- name: A LUN of an iSCSI target filled from the golden image, whatever it holds
+  virtforge.libvirt.storage_volume_clone:
+    pool: luns
+    name: "unit:0:0:1"
+    source_path: /var/lib/libvirt/images/debian-13.qcow2
+    compare: content
+    force: true
+
 - name: The clone that a volume's own XML describes
   virtforge.libvirt.storage_volume_clone:
     pool: fast
@@ -379,7 +419,7 @@ volume:
       returned: success
       sample: default
     path:
-      description: Its path.
+      description: Its path. On the network, the pool of Ceph and the image as C(vms/web1), or libvirt's name of the LUN.
       type: str
       returned: success
       sample: /var/lib/libvirt/images/web1.qcow2
@@ -389,7 +429,7 @@ volume:
       returned: success
       sample: /var/lib/libvirt/images/web1.qcow2
     type:
-      description: Kind of volume.
+      description: Kind of volume, V(file), V(block) or V(network).
       type: str
       returned: success
       sample: file
@@ -409,7 +449,7 @@ volume:
       returned: success
       sample: 1073741824
     physical:
-      description: Length of the file. Null in check mode for a volume that would be made.
+      description: Length of the file or device. Null in check mode for a volume that would be made.
       type: int
       returned: success
       sample: 1074135040
@@ -424,7 +464,7 @@ volume:
         format: qcow2
         depth: 1
     owner:
-      description: User that owns it.
+      description: User that owns it. Null for a device or a volume on the network, and so are group and mode.
       type: str
       returned: success
       sample: libvirt-qemu
@@ -455,7 +495,9 @@ volume:
       returned: success
       sample: [created]
     transfer:
-      description: How the data got there, C(reflink), C(copy), C(convert), C(link) or C(libvirt). Null when nothing was made.
+      description:
+        - How the data got there, C(reflink), C(copy), C(convert), C(link) or C(libvirt). Null when nothing was made.
+        - C(convert) for each full clone to a device or a volume on the network.
       type: str
       returned: success
       sample: reflink

@@ -32,11 +32,15 @@ attributes:
 requirements:
   - C(qemu-img) on the managed host, for volumes that are neither raw nor qcow2
   - C(libvirt) and C(lxml) for Python on the managed host, for pools of libvirt
+  - LVM (C(lvs)) on the managed host, for pools of the type C(logical)
+  - C(rados) and C(rbd) for Python (C(python3-rados), C(python3-rbd)) on the managed host, for pools of the type C(rbd)
+  - C(qemu-img) and the block driver iscsi of QEMU (Debian C(qemu-block-extra)) on the managed host, for pools of the type
+    C(iscsi-direct)
 options:
   pool:
     description:
-      - The name of a libvirt pool of the type C(dir), C(fs), C(netfs), C(logical), C(disk), C(iscsi) or C(scsi), or an absolute
-        path of a directory, which needs no libvirt at all.
+      - The name of a libvirt pool of files (C(dir), C(fs), C(netfs)), of devices (C(logical), C(disk), C(iscsi), C(scsi)) or on
+        the network (C(rbd), C(iscsi-direct)), or an absolute path of a directory, which needs no libvirt at all.
     type: str
     required: true
   name:
@@ -51,6 +55,8 @@ notes:
   - In pools of the types C(logical), C(disk), C(iscsi) and C(scsi) volumes are devices, and only root is told of them. They are
     raw, and have no owner, group or mode here. One that a killed run has left unfinished has RV(volumes[].error_code)
     C(CORRUPT_IMAGE).
+  - Volumes of pools of the types C(rbd) and C(iscsi-direct) are raw and have no owner, group or mode either. Whether a killed
+    run has left a LUN of C(iscsi-direct) unfinished is not told here.
   - The backing store of a logical volume is what it is a snapshot of. A thin snapshot is none of the
     RV(volumes[].dependents) of its origin, because it keeps its data without it.
   - With a O(uri) of another host, all is told as libvirt saw it when it last looked at the pool. Formats are those that it
@@ -93,7 +99,7 @@ volumes:
       returned: success
       sample: default
     path:
-      description: Its path.
+      description: Its path. On the network, the pool of Ceph and the image as C(vms/web1), or libvirt's name of the LUN.
       type: str
       returned: success
       sample: /var/lib/libvirt/images/web1.qcow2
@@ -103,7 +109,7 @@ volumes:
       returned: success
       sample: /var/lib/libvirt/images/web1.qcow2
     type:
-      description: Kind of volume, V(file) or V(block).
+      description: Kind of volume, V(file), V(block) or V(network).
       type: str
       returned: success
       sample: file
@@ -165,7 +171,7 @@ volumes:
       returned: success
       sample: ["domain 'web1'", qemu-system-x86 (pid 4711)]
     owner:
-      description: User that owns it.
+      description: User that owns it. Null for a device or a volume on the network, and so are group and mode.
       type: str
       returned: success
       sample: libvirt-qemu

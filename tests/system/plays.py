@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from ansible_collections.virtforge.libvirt.plugins.modules import storage_volume_clone
 from harness import ROOT
 
 BIN = Path(sys.executable).parent
@@ -27,6 +28,38 @@ LOCAL = {
     "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0",
     "ANSIBLE_DEPRECATION_WARNINGS": "1",
 }
+
+
+#: pools of devices that the examples in the documentation speak of: a volume group, LUNs, the partitions of a disk
+DEVICE_POOLS = ("vg0", "luns", "sdb")
+
+
+def on_devices(tasks):
+    """Whether any of the tasks names a pool of devices, which only some tests have: those run it by :func:`device_examples`."""
+    stated = [options for task in tasks for options in task.values() if isinstance(options, dict)]
+    return any(options.get(key) in DEVICE_POOLS for options in stated for key in ("pool", "source_pool"))
+
+
+def device_examples(pool, **names):
+    """The examples of a guide and of a module that name this pool of devices, in order: module and options.
+
+    :param names: what stands in the options for what it is here, ``images`` for the directories of images
+    """
+    page = (ROOT / "docs" / "block_and_network_pools.md").read_text()
+    examples = []
+    for text in [*re.findall("^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL), storage_volume_clone.EXAMPLES]:
+        for old in ("/srv/images", "/var/lib/libvirt/images"):
+            text = text.replace(old, str(names["images"]))
+        for task in yaml.safe_load(text):
+            for name, options in task.items():
+                if name.startswith("virtforge.libvirt.") and pool in (options.get("pool"), options.get("source_pool")):
+                    # The sizes are those of a person's machine.
+                    here = {key: names.get(str(value), value) for key, value in options.items()}
+                    if "capacity" in here:
+                        here["capacity"] = here["capacity"].replace("GiB", "MiB")
+                    examples.append((name.rpartition(".")[2], here))
+    assert examples, pool
+    return examples
 
 
 class User:

@@ -11,7 +11,23 @@ import subprocess
 
 import pytest
 from conftest import DOMAIN, remove_pool
-from harness import MIB, clone, held, module, refused, result_of, run, settle, start, virsh, warnings, zeros
+from harness import (
+    MIB,
+    clone,
+    held,
+    make_raw,
+    module,
+    refused,
+    result_of,
+    run,
+    same_content,
+    settle,
+    start,
+    virsh,
+    warnings,
+    zeros,
+)
+from plays import device_examples
 
 VOLUME, INFO = "storage_volume", "storage_volume_info"
 ABSENT = {"state": "absent"}
@@ -82,6 +98,18 @@ def test_the_life_of_a_partition(disk):
     assert result["diff"]["after"] == {} and result["diff"]["before"]["capacity"] == 10 * MIB
     assert not os.path.exists(path(1)) and list(partitions(pool)) == [names[1]]
     assert names[0] not in virsh("vol-list", pool)
+
+
+def test_the_examples_with_partitions(disk, scratch):
+    pool, path = disk
+    images = scratch / "images"
+    images.mkdir()
+    source = make_raw(images / "source.raw", 16 * MIB)
+    run("qemu-img", "convert", "-O", "qcow2", source, images / "debian-13.qcow2")
+    names = {f"sdb{number}": os.path.basename(path(number)) for number in (1, 2)}
+    for of, options in device_examples("sdb", sdb=pool, images=images, **names):
+        settle(of, **options)
+    assert same_content(source, "raw", path(1), "raw") and partitions(pool)[names["sdb2"]]["capacity"] == 10 * MIB
 
 
 def test_a_partition_in_use_is_told_and_kept(disk, scratch):

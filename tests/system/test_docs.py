@@ -21,13 +21,13 @@ import web
 import yaml
 from ansible_collections.virtforge.libvirt.plugins.module_utils._images.gate import CHECKS
 from harness import GIB, MIB, ROOT, run, virsh
-from plays import BIN, COLLECTIONS, ansible_playbook, counts, write_play
+from plays import BIN, COLLECTIONS, ansible_playbook, counts, on_devices, write_play
 from test_rbd import Pool as CephPool
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 #: pages without examples: an index, and what is written by programs; that of the fleet needs a Ceph, and is in test_rbd.py
-TABLES = ("README.md", "benchmarks.md", "ceph_fleet.md", "fuzzing.md", "pools.md", "security.md")
+TABLES = ("README.md", "benchmarks.md", "ceph_fleet.md", "fuzzing.md", "pools.md", "second_run.md", "security.md")
 MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("*.py"))
 
 
@@ -126,6 +126,8 @@ def test_the_examples_of_a_guide(page, host, scratch):
                 done += 1
         if language == "yaml":
             document = yaml.safe_load(text)
+            if on_devices(document):
+                continue
             book = scratch / "example.yml"
             if "hosts" in document[0]:
                 book.write_text(text)
@@ -147,7 +149,7 @@ def test_the_examples_of_a_guide(page, host, scratch):
 @pytest.mark.parametrize("module", MODULES)
 def test_the_examples_of_a_module(module, host, scratch):
     """Each task in check mode, for real, and a second time. That with a volume group is in vm/test_vm_pool.py."""
-    examples = yaml.safe_load(documented("module", module)["examples"])
+    examples = [task for task in yaml.safe_load(documented("module", module)["examples"]) if not on_devices([task])]
     examples = [task for task in examples if (task.get(f"virtforge.libvirt.{module}") or {}).get("type") != "logical"]
     tasks = []
     for number, task in enumerate(examples):

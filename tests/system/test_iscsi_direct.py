@@ -15,6 +15,7 @@ import harness
 import pytest
 from conftest import remove_pool
 from harness import MIB, clone, refused, result_of, run, same_content, settle, start, virsh, virsh_status
+from plays import device_examples
 
 MARK = b"virtforge.libvirt: this volume is not finished\n"
 AUTH = "<auth type='chap' username='{user}'><secret uuid='{secret}'/></auth>"
@@ -55,6 +56,14 @@ def test_a_unit_is_filled_and_found_there(luns, tgt, raw, qcow2, pool2):
     result = settle(pool=pool2, name="back", source_pool=luns, source="unit:0:0:1", format="qcow2")
     assert same_content(raw, "raw", pool2 / "back", "qcow2") and harness.allocated(pool2 / "back") < 5 * MIB
     assert "lun" in result["source"]["path"]
+
+
+def test_the_examples_with_a_lun(luns, tgt, raw, qcow2, pool):
+    qcow2.rename(pool / "debian-13.qcow2")
+    for module, options in device_examples("luns", luns=luns, images=pool):
+        settle(module, **options)
+    assert same_content(raw, "raw", tgt.units[0], "raw")
+    assert same_content(raw, "raw", pool / "lun1.qcow2", "qcow2")
 
 
 def test_what_is_beyond_the_source_reads_as_zeros(luns, tgt, scratch):

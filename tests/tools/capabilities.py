@@ -26,25 +26,35 @@ TESTED_ON = {
     "iscsi": "open-iscsi and tgt 1.0",
     "scsi": "scsi_debug of Linux 6.1",
 }
+#: what a new volume is until it is whole, and what a run leaves that is killed meanwhile
 STAGING = {
-    "file": "a file without a name until it is whole",
-    "rename": "another name until it is whole",
-    "mark": "a mark in the first block until it is whole",
-    "": "",
+    "file": ("a file without a name", "nothing"),
+    "rename": ("a volume `.virtforge-…`", "that volume, removed by the next run"),
+    "mark": ("a volume with a mark in its first block", "that volume, made anew by the next run of the task"),
+    "": ("", ""),
 }
+#: where a file needs a name earlier
+NAMED = ("a file without a name; on NFS a hidden file", "nothing; on NFS a hidden file, removed by the next run")
 HEAD = """# Pools
 
 What can be done with the volumes of a pool, by its type. What is not possible is refused before a byte moves, with
 `error_code: NO_SUPPORT`. A `directory` is an absolute path in place of a pool's name, and needs no libvirt.
 
-| type | new volumes | full clones | linked clones | flatten | grow | delete | formats | a killed run leaves | tested on |
-|---|---|---|---|---|---|---|---|---|---|
+| type | new volumes | full clones | linked clones | flatten | grow | delete | formats | until it is whole, a new volume is \
+| a killed run leaves | tested on |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 TAIL = """
-- Every pool in this table is also a source of full clones. A volume of a type without new volumes exists before anything is
-  cloned: state `compare: content`, and its data is that of the source afterwards.
+- Every pool in this table is also a source of full clones.
+- A LUN (`iscsi`, `iscsi-direct`, `scsi`) exists before anything is cloned. State `compare: content`. `force: true` fills one
+  that holds other data, which else is `DIFFERS`. One that a killed run has left with a mark is filled without it. The role
+  takes `force` only with `storage_safe_mode: false`. A LUN keeps its size, and reads as zeros beyond the data of the source.
+- `force` replaces a file by a new one, which is a hidden file for a moment, and a killed run may leave that. It replaces a
+  volume of `logical` or `rbd` by a new one under another name, and overwrites a partition or LUN in place. A run that is
+  killed meanwhile leaves neither the old data of a partition or LUN nor the new.
 - A linked clone is a qcow2 image over its source in a pool of files, a child of a protected snapshot in `rbd`, and a snapshot
-  in `logical`, thin where its source is thin.
+  in the same volume group in `logical`, thin where its source is thin.
+- [LVM, partitions, LUNs, Ceph and NFS](block_and_network_pools.md) tells how these differ, with examples.
 - Pools of the types `gluster`, `mpath`, `vstorage` and `zfs` can be declared by `storage_pool`; nothing is cloned there.
 - A pool on another host is reached by libvirt's own calls, which can do less.
 
@@ -59,7 +69,8 @@ def table() -> str:
         cells = [able.create, able.clone, able.linked, able.flatten, able.grow, able.delete]
         formats = "all" if len(able.formats) > 1 else ", ".join(able.formats)
         words = ["yes" if cell else "no" for cell in cells]
-        lines.append(f"| `{name}` | {' | '.join(words)} | {formats} | {STAGING[able.staging]} | {TESTED_ON[name]} |\n")
+        meanwhile = " | ".join(NAMED if name == "netfs" else STAGING[able.staging])
+        lines.append(f"| `{name}` | {' | '.join(words)} | {formats} | {meanwhile} | {TESTED_ON[name]} |\n")
     return "".join(lines)
 
 

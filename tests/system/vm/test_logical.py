@@ -10,37 +10,51 @@ import json
 import os
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 from harness import MIB, clone, make_raw, refused, result_of, run, same_content, settle, start, virsh, wait_until, zeros
+from plays import device_examples
 
 SIZE = 512 * MIB
 
 
-def volumes():
+def volumes(group="vgclone"):
     """Size in bytes and origin of each, by name."""
-    out = run("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", "lv_name,lv_size,origin,segtype", "vgclone")
+    out = run("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", "lv_name,lv_size,origin,segtype", group)
     return {row["lv_name"]: row for row in json.loads(out)["report"][0]["lv"]}
 
 
-@pytest.fixture(scope="module")
-def group(libvirtd, scratch):
-    """A pool of logical volumes on a disk that held something before."""
-    image = scratch / "group.img"
+@contextmanager
+def made_group(scratch, name):
+    """A pool of logical volumes of that name on a disk that held something before."""
+    image = scratch / f"{name}.img"
     with open(image, "wb") as file:
         for _piece in range(SIZE // MIB):
             file.write(b"old data" * (MIB // 8))
     device = run("losetup", "-f", "--show", image).strip()
     with open(device, "r+b") as file:
         file.write(bytes(MIB))
-    run("vgcreate", "-q", "vgclone", device)
-    virsh("pool-define-as", "vgclone", "logical", "--source-name", "vgclone", "--target", "/dev/vgclone")
-    virsh("pool-start", "vgclone")
-    yield "vgclone"
-    virsh("pool-destroy", "vgclone")
-    virsh("pool-undefine", "vgclone")
-    run("vgremove", "-f", "-q", "vgclone")
-    run("losetup", "-d", device)
+    run("vgcreate", "-q", name, device)
+    virsh("pool-define-as", name, "logical", "--source-name", name, "--target", f"/dev/{name}")
+    virsh("pool-start", name)
+    try:
+        yield name
+    finally:
+        if volumes(name):
+            # All at once: with a thin pool go its volumes.
+            run("lvremove", "-f", "-q", name)
+        virsh("pool-destroy", name)
+        virsh("pool-undefine", name)
+        run("vgremove", "-f", "-q", name)
+        run("losetup", "-d", device)
+        image.unlink()
+
+
+@pytest.fixture(scope="module")
+def group(libvirtd, scratch):
+    with made_group(scratch, "vgclone") as name:
+        yield name
 
 
 @pytest.fixture
@@ -190,3 +204,17 @@ def test_snapshots_are_linked_clones(lvm, raw):
     assert (result["volume"]["capacity"], result["volume"]["allocation"]) == (80 * MIB, 0)
     assert same_content(raw, "raw", "/dev/vgclone/tweb", "raw") and reads_zero("tweb", 64 * MIB)
     assert (volumes()["tweb"]["segtype"], volumes()["tweb"]["origin"]) == ("thin", "tbase")
+
+
+def test_the_examples_with_a_volume_group(libvirtd, scratch, pool):
+    source = make_raw(pool / "source.raw", 32 * MIB)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, pool / "debian-13.qcow2")
+    with made_group(scratch, "vg0"):
+        for module, options in device_examples("vg0", images=pool):
+            settle(module, **options)
+        found = volumes("vg0")
+        assert sorted(found) == ["debian-13", "try1", "web1", "web2"]
+        assert found["try1"]["origin"] == "debian-13" and int(found["web2"]["lv_size"]) == 40 * MIB
+        for name in found:
+            assert same_content(source, "raw", f"/dev/vg0/{name}", "raw"), name
+        assert same_content(source, "raw", pool / "web1.qcow2", "qcow2")
