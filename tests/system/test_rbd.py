@@ -191,6 +191,9 @@ def test_an_image_that_exists_is_judged(rbd, base, raw, pool2):
     params = {"pool": rbd.name, "source_path": raw, "name": base}
     result = settle(**params, capacity="96MiB")
     assert result["actions"] == ["grown"] and rbd.json("info", "@base")["size"] == 96 * MIB
+    # More than the cluster has.
+    assert settle(**params, capacity="1TiB")["actions"] == ["grown"]
+    rbd.rbd("resize", "--allow-shrink", "--size", "96M", "@base")
     assert "64 MiB" in refused("DIFFERS", **params, capacity="64MiB")
     assert clone(**params, compare="content")["actions"] == []
     rbd.write(base, 40 * MIB, 7)

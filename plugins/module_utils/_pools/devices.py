@@ -35,7 +35,8 @@ from .libvirt import LibvirtPool, device_number, translated
 # means nothing where the length is another: somebody else has grown that, and what is there may be his data by now.
 _GROWING = "virtforge_zero_from_"
 _FROM_TO = re.compile(rf"{_GROWING}([0-9]+)_to_([0-9]+)")
-_ENDLESS = 1 << 62
+#: bytes that a volume which takes its space when it is written to can grow by
+ENDLESS = 1 << 62
 _CHUNK = 4096
 # Seconds that libvirt may take to make a partition.
 _MAKING = 120
@@ -510,7 +511,7 @@ class LogicalPool(DevicePool):
 
     def room_for(self, volume: Device) -> int:
         # What a run that was killed has added is there already. A thin pool may promise more than it has.
-        return _ENDLESS if volume.thin_pool else self.available() + volume.capacity - volume.sound
+        return ENDLESS if volume.thin_pool else self.available() + volume.capacity - volume.sound
 
     def cannot_wipe(self, volume: Device) -> str:
         # As libvirt has it (virStorageBackendLogicalVolWipe): what is written there takes new space, until there is none.

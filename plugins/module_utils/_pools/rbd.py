@@ -31,7 +31,7 @@ from .._images.qemu_img import Layer
 from .._names import is_staged_name
 from .._transfer import locks
 from . import rbd_child
-from .devices import Device
+from .devices import ENDLESS, Device
 from .network import NetworkPool, as_base64, memory
 
 #: A snapshot that linked clones are made from. Ours alone: no other is ever removed.
@@ -241,6 +241,10 @@ class RbdPool(NetworkPool):
 
     def _rename(self, name: str, other: str) -> None:
         self._ask(f"naming the image {other!r} of pool {self.name!r}", "rename", self.place, name, other)
+
+    def room_for(self, volume: Device) -> int:
+        """What is added takes no space before it is written to."""
+        return ENDLESS
 
     def grow(self, device: Device, capacity: int) -> None:
         """What is added reads as zeros."""
