@@ -424,6 +424,14 @@ def call(pool, method, name):
     return json.loads(run(*command, env=harness.environment()))
 
 
+def test_growing_never_shrinks(rbd, base):
+    """The image may have grown since it was looked at."""
+    grow = METHODS.replace("(sys.argv[3])", "(pool.volume(sys.argv[3]), 1 << 20)")
+    code, message = json.loads(run(harness.PYTHON, "-c", grow, rbd.name, "grow", base, env=harness.environment()))
+    assert "growing volume 'base'" in message, (code, message)
+    assert rbd.json("info", "@base")["size"] == 64 * MIB
+
+
 def test_an_image_is_deleted_with_what_was_made_for_it(rbd, base, raw, other_ceph_pool):
     try:
         clone(pool=rbd.name, source=base, name="one", clone_type="linked")

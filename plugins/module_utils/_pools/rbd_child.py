@@ -107,8 +107,9 @@ class Cluster:
             context.unlock("rbd_directory", "virtforge", name)
 
     def resize(self, place: t.Sequence[str], name: str, size: int) -> None:
+        """Only growth: an image that is larger by now is left as it is."""
         with self._image(place, name, writable=True) as image:
-            image.resize(size)
+            image.resize(size, False)
 
     def remove(self, place: t.Sequence[str], name: str) -> None:
         self._rbd.RBD().remove(self._in(place), name)
