@@ -62,6 +62,9 @@ class Pool:
     def watched(self, name):
         return bool(self.json("status", f"@{name}")["watchers"])
 
+    def locked(self, name):
+        return bool(self.json("lock", "ls", f"@{name}"))
+
     def snapshots(self, name):
         return [one["name"] for one in self.json("snap", "ls", f"@{name}")]
 
@@ -240,12 +243,49 @@ def test_an_image_in_use_is_neither_read_nor_replaced(rbd, base, raw, scratch):
         virsh("destroy", "in-ceph")
     # Others, on any host, are seen as watchers.
     process = subprocess.Popen(["qemu-io", rbd.node(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    harness.wait_until(lambda: rbd.watched(base), 20)
+    process.stdin.write("write -P 7 40M 64k\n")
+    process.stdin.flush()
+    harness.wait_until(lambda: rbd.locked(base), 20)
     assert "the client of Ceph at 127.0.0.1" in refused("IN_USE", pool=rbd.name, source=base, name="copy")
     waiting = start({"pool": rbd.name, "source": base, "name": "copy", "source_in_use": "wait"})
     time.sleep(2)
     process.communicate("quit\n")
     assert result_of(waiting)["actions"] == ["created"]
+
+
+def test_an_image_that_is_written_to_while_it_is_read(rbd, scratch):
+    source = make_raw(scratch / "golden.raw", 64 * MIB, pieces=((0, 24),))
+    clone(pool=rbd.name, source_path=source, name="golden")
+    reading = start({"pool": rbd.name, "source": "golden", "name": "copy", "bwlimit": "2MiB"})
+    harness.wait_until(lambda: any(map(rbd.watched, rbd.staged())), 30)
+    process = subprocess.Popen(["qemu-io", rbd.node("golden")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write("write -P 7 40M 64k\n")
+    process.stdin.flush()
+    try:
+        result = result_of(reading)
+    finally:
+        process.communicate("quit\n")
+    assert result["error_code"] == "IN_USE" and "while it was read" in result["msg"], result
+    assert rbd.images() == ["golden"]
+    source.unlink()
+
+
+@pytest.mark.parametrize("features", ["layering,exclusive-lock", "layering"])
+def test_who_reads_an_image_is_no_writer_where_writers_have_its_lock(rbd, scratch, features):
+    """Two hosts at once, each for longer than a client may watch an image and be no user of it."""
+    source = make_raw(scratch / "golden.raw", 64 * MIB, pieces=((0, 24),))
+    rbd.rbd("import", "--image-feature", features, str(source), "@golden")
+    params = {"pool": rbd.name, "source": "golden", "bwlimit": "2MiB"}
+    first = start({**params, "name": "one"})
+    harness.wait_until(lambda: rbd.watched("golden") and any(map(rbd.watched, rbd.staged())), 30)
+    second = start({**params, "name": "two"}, prefix=ELSEWHERE)
+    results = [result_of(process) for process in (first, second)]
+    if "exclusive-lock" in features:
+        assert [result.get("actions") for result in results] == [["created"]] * 2, results
+        assert rbd.reads_as("one", source) and rbd.reads_as("two", source)
+    else:
+        assert [result.get("error_code") for result in results] == [None, "IN_USE"], results
+    source.unlink()
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------------
@@ -425,6 +465,14 @@ except CloneError as exc:
 def call(pool, method, name):
     command = [harness.PYTHON, "-c", METHODS, pool.name, method, name]
     return json.loads(run(*command, env=harness.environment()))
+
+
+def test_growing_never_shrinks(rbd, base):
+    """The image may have grown since it was looked at."""
+    grow = METHODS.replace("(sys.argv[3])", "(pool.volume(sys.argv[3]), 1 << 20)")
+    code, message = json.loads(run(harness.PYTHON, "-c", grow, rbd.name, "grow", base, env=harness.environment()))
+    assert "growing volume 'base'" in message, (code, message)
+    assert rbd.json("info", "@base")["size"] == 64 * MIB
 
 
 def test_an_image_is_deleted_with_what_was_made_for_it(rbd, base, raw, other_ceph_pool):

@@ -58,7 +58,7 @@ def look_at_source(task: Task, layers: t.List[OpenImage], facts: SourceFacts, po
 
 def disturbed(pool: NetworkPool, image: OpenImage) -> str:
     """Why a source may have been written to while it was read; empty when nothing is known of that."""
-    who = pool.users(image.name)
+    who = pool.writers(image.name)
     if who:
         return f"{image.what} was opened for writing by {who} while it was read"
     return f"{image.what} changed while it was read" if pool.changes(pool.volume(image.name)) != image.changes else ""

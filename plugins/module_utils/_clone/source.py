@@ -177,7 +177,7 @@ class Source:
             if image.own:
                 continue
             on_network = image.network is not None and isinstance(pool, NetworkPool)
-            who = t.cast(NetworkPool, pool).users(image.name) if on_network else guards.writers(image.fd)
+            who = t.cast(NetworkPool, pool).writers(image.name) if on_network else guards.writers(image.fd)
             if who:
                 return who
         return ""

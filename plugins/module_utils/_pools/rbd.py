@@ -135,22 +135,32 @@ class RbdPool(NetworkPool):
 
         libvirt does so for a moment when it refreshes the pool, and another run when it makes a snapshot: they do not count.
         """
+        return self._clients(name, "watchers")
+
+    def writers(self, name: str) -> str:
+        """Clients that may be writing to it, as opposed to those that qemu-img reads a source by, which watch it too.
+
+        With exclusive-lock, which all images have by default, who writes has the image's lock; without, whoever watches counts.
+        """
+        return self._clients(name, "writers")
+
+    def _clients(self, name: str, which: str) -> str:
         domains = self._connection.users_of_network("rbd", self.path_of(name), self.access.hosts, self.name, name)
-        watchers = [] if domains else self._watchers(name)
+        watchers = [] if domains else self._watchers(name, which)
         end = time.monotonic() + _MOMENT
         while watchers and time.monotonic() < end:
             time.sleep(0.1)
-            watchers = self._watchers(name)
+            watchers = self._watchers(name, which)
         return domains or (f"the client of Ceph at {', '.join(watchers[:3])}" if watchers else "")
 
     def changes(self, volume: t.Optional[Device]) -> t.Tuple[str, ...]:
         """Ceph notes the time of a change once a minute (rbd_mtime_update_interval); in between, only watchers tell."""
         return (*volume.identity, str(volume.capacity), str(volume.modified)) if isinstance(volume, RbdImage) else ()
 
-    def _watchers(self, name: str) -> t.List[str]:
+    def _watchers(self, name: str, which: str = "watchers") -> t.List[str]:
         doing = f"looking at volume {name!r} of pool {self.name!r}"
         try:
-            return t.cast(t.List[str], self._ask(doing, "watchers", self.place, name))
+            return t.cast(t.List[str], self._ask(doing, which, self.place, name))
         except FileNotFoundError:
             return []
 

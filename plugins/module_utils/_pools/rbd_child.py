@@ -81,7 +81,21 @@ class Cluster:
 
     def watchers(self, place: t.Sequence[str], name: str) -> t.List[str]:
         with self._image(place, name) as image:
-            return [watcher["addr"] for watcher in image.watchers_list()]
+            return self._watching(image)
+
+    def writers(self, place: t.Sequence[str], name: str) -> t.List[str]:
+        """Watchers, but for those of an image whose lock nobody has: the first write takes it, and reading does not."""
+        with self._image(place, name) as image:
+            found = self._watching(image)
+            if not found or not image.features() & self._rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
+                return found
+            # Without an owner it is an empty list.
+            locked = image.list_lockers()
+            return found if locked and locked["lockers"] else []
+
+    @staticmethod
+    def _watching(image: t.Any) -> t.List[str]:
+        return [watcher["addr"] for watcher in image.watchers_list()]
 
     def create(self, place: t.Sequence[str], name: str, size: int) -> None:
         self._rbd.RBD().create(self._in(place), name, size)
@@ -107,8 +121,9 @@ class Cluster:
             context.unlock("rbd_directory", "virtforge", name)
 
     def resize(self, place: t.Sequence[str], name: str, size: int) -> None:
+        """Only growth: an image that is larger by now is left as it is."""
         with self._image(place, name, writable=True) as image:
-            image.resize(size)
+            image.resize(size, False)
 
     def remove(self, place: t.Sequence[str], name: str) -> None:
         self._rbd.RBD().remove(self._in(place), name)

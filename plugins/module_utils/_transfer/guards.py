@@ -4,9 +4,9 @@
 
 """Who else has a file open, and holding a source still while it is read.
 
-Three witnesses, because each sees what the others miss: file leases (any local process, fcntl(2)), the lock bytes of qemu's
-``block/file-posix.c`` (also across hosts on a shared file system), and the descriptors under ``/proc`` (block devices, and
-files that this user does not own).
+Four witnesses, because each sees what the others miss: file leases (any local process, fcntl(2)), the lock bytes of qemu's
+``block/file-posix.c`` (also across hosts on a shared file system), the descriptors under ``/proc`` (block devices, and
+files that this user does not own), and the kernel's count of what is written to a block device.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import stat
 import struct
 import sys
 import threading
+import time
 import typing as t
 
 from .._errors import CloneError
@@ -34,6 +35,8 @@ _ANYBODY = (100, 101, 103, 200, 201, 203)
 _SIGN = 1 << 62
 _BLKGETSIZE64 = 0x80081272
 _NFS = 0x6969
+# Seconds for which who has a device open for writing is not taken for a user of it.
+_MOMENT = 1.0
 
 
 def writers(fd: int) -> str:
@@ -110,11 +113,14 @@ class Hold:
         """Raise ``IN_USE`` unless every source is what it was when it was looked at. For before anything is published.
 
         A lease has kept the content; then a new name, owner or attribute, as libvirt gives to the base of a domain that starts,
-        is no matter.
+        is no matter. Devices have no leases: who has one open for writing now is asked again.
         """
         self.check()
         leased = [fd for fd, _name in self._leased]
         for fd, name, before in self._files:
+            who = _lasting_writers(fd) if stat.S_ISBLK(os.fstat(fd).st_mode) else ""
+            if who:
+                raise CloneError("IN_USE", f"{name} was opened for writing by {who} while it was read")
             if version(fd)[:2] != before[:2] or (fd not in leased and version(fd) != before):
                 raise CloneError("IN_USE", f"{name} changed while it was read")
             if os.fstat(fd).st_nlink == 0:
@@ -122,9 +128,44 @@ class Hold:
 
 
 def version(fd: int) -> t.Tuple[int, ...]:
-    """Something that changes when a file is written to; empty for a device, which has nothing of the kind."""
+    """Something that changes when a file or a device of this host is written to; empty for anything else.
+
+    The page cache of a device is written back first: what waits there would count as written later, whenever it came.
+    """
     status = os.fstat(fd)
-    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns) if stat.S_ISREG(status.st_mode) else ()
+    if stat.S_ISREG(status.st_mode):
+        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if not stat.S_ISBLK(status.st_mode):
+        return ()
+    try:
+        os.fsync(fd)
+    except OSError:
+        # Who reads it is told of a device that fails.
+        pass
+    return (length(fd), *_written(status.st_rdev))
+
+
+def _written(device: int) -> t.Tuple[int, ...]:
+    """Sectors written to a block device, and sectors discarded, since there is that device; empty where nobody counts.
+
+    Fields 7 and 14 of the kernel's Documentation/block/stat.rst; the latter is there since Linux 4.18.
+    """
+    try:
+        with open(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat", encoding="ascii") as file:
+            fields = file.read().split()
+        return tuple(int(field) for field in (*fields[6:7], *fields[13:14]))
+    except (OSError, ValueError):
+        return ()
+
+
+def _lasting_writers(fd: int) -> str:
+    """Writers of a device, but for one who lets go of it within a moment, as parted does: what he wrote is counted."""
+    end = time.monotonic() + _MOMENT
+    who = writers(fd)
+    while who and time.monotonic() < end:
+        time.sleep(0.05)
+        who = writers(fd)
+    return who
 
 
 def claim(fd: int) -> None:
