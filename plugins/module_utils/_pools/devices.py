@@ -46,6 +46,8 @@ _LVM_NAMES = ("snapshot", "pvmove")
 _LVM_PARTS = re.compile("_(cdata|cmeta|corig|iorig|mimage|mlog|pmspare|rimage|rmeta|tdata|tmeta|vdata|vorigin|wcorig)")
 # NAME_LEN of LVM (metadata-exported.h), of which it leaves three, and DM_NAME_LEN of the kernel (dm-ioctl.h).
 _LVM_LENGTH = _DM_LENGTH = 128
+# The last is said where there is space, but not as a striped or mirrored volume needs it.
+_LVM_FULL = ("insufficient free space", "not enough free", "insufficient suitable allocatable extents")
 _KERNEL = "the kernel, which has it mounted or as part of another device"
 
 
@@ -542,8 +544,8 @@ class LogicalPool(DevicePool):
     def staged_link(self, capacity: int, source: t.Any, name: str) -> t.Iterator[Device]:
         """A snapshot: a thin one of a thin volume; else a classic one, with room for all of its origin to change."""
         origin = t.cast(Device, self.volume(name))
-        # Thin snapshots are made not to be activated, unless one says so (lvmthin(7)).
-        # The other kind has its own records too; LVM knows how much more they take ("100%ORIGIN" in lvcreate(8)).
+        # Thin snapshots are made not to be activated, unless one says so (lvmthin(7)). The other kind has records of its own too,
+        # and LVM knows how much more those take ("100%ORIGIN" in lvcreate(8)).
         how = ["-kn", "-ay"] if origin.thin_pool else ["-l", "100%ORIGIN"]
         with self._staged(["-s", *how, f"{self.group}/{name}"]) as device:
             if device.capacity < capacity:
@@ -633,7 +635,7 @@ class LogicalPool(DevicePool):
             text = " ".join(err.split())
             if "already exists" in text:
                 raise FileExistsError(text)
-            full = "insufficient free space" in text.lower() or "not enough free" in text.lower()
+            full = any(phrase in text.lower() for phrase in _LVM_FULL)
             raise CloneError("NO_SPACE" if full else "IO_ERROR", f"pool {self.name!r}: {doing} failed: {text or status}")
         return out
 

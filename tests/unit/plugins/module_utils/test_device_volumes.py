@@ -212,6 +212,23 @@ def test_names_that_lvm_cannot_give(name, word):
 
 
 @pytest.mark.parametrize(
+    "said, code",
+    [
+        ("Volume group \"vg\" has insufficient free space (1 extents): 2 required.", "NO_SPACE"),
+        ("Insufficient suitable allocatable extents for logical volume web", "NO_SPACE"),
+        ("Device vg/web is in use.", "IO_ERROR"),
+    ],
+)
+def test_what_lvm_says_of_a_failure(monkeypatch, said, code):
+    monkeypatch.setattr(devices._process, "find", lambda program: f"/sbin/{program}")
+    monkeypatch.setattr(devices._process, "run", lambda command, fds: (5, "", f"  {said}\n"))
+    monkeypatch.setattr(devices.os, "geteuid", lambda: 0)
+    with pytest.raises(CloneError) as refusal:
+        devices.LogicalPool("p", "/dev/vg", "logical", None, None)._lvm("making a logical volume", "lvcreate")
+    assert (refusal.value.code, said in refusal.value.msg) == (code, True)
+
+
+@pytest.mark.parametrize(
     "operation",
     [
         lambda pool: pool.make("web", MIB),
