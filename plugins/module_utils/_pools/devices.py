@@ -544,7 +544,7 @@ class LogicalPool(DevicePool):
     def staged_link(self, capacity: int, source: t.Any, name: str) -> t.Iterator[Device]:
         """A snapshot: a thin one of a thin volume; else a classic one, with room for all of its origin to change."""
         origin = t.cast(Device, self.volume(name))
-        # Thin snapshots are made not to be activated, unless one says so (lvmthin(7)). The other kind has records of its own too,
+        # Thin snapshots are made not to be activated, unless one says so (lvmthin(7)). The other kind has records of its own,
         # and LVM knows how much more those take ("100%ORIGIN" in lvcreate(8)).
         how = ["-kn", "-ay"] if origin.thin_pool else ["-l", "100%ORIGIN"]
         with self._staged(["-s", *how, f"{self.group}/{name}"]) as device:

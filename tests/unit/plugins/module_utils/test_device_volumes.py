@@ -214,7 +214,7 @@ def test_names_that_lvm_cannot_give(name, word):
 @pytest.mark.parametrize(
     "said, code",
     [
-        ("Volume group \"vg\" has insufficient free space (1 extents): 2 required.", "NO_SPACE"),
+        ('Volume group "vg" has insufficient free space (1 extents): 2 required.', "NO_SPACE"),
         ("Insufficient suitable allocatable extents for logical volume web", "NO_SPACE"),
         ("Device vg/web is in use.", "IO_ERROR"),
     ],
