@@ -19,7 +19,7 @@ from .._pools.directory import DirectoryPool
 from .._pools.libvirt import LibvirtPool
 from .._pools.network import NetworkPool
 from .._pools.remote import RemotePool
-from .._transfer import device, guards
+from .._transfer import guards
 from .._volumes.inventory import Inventory, Key, Volume
 from . import elsewhere, network
 from .files import Files, OpenImage, close_all, identity_of, image_from_xml, open_image, real_path
@@ -118,7 +118,7 @@ class Source:
                 raise CloneError("OPERATION_INVALID", f"{facts.what} is not active: there is no {volume.path!r}")
             return opened
         self.layers[0].lock, self.layers[0].name = pool.lock_key(volume.name), volume.name
-        if device.is_marked(self.layers[0].fd) or pool.is_unmarked(volume):
+        if pool.is_begun(volume.name, self.layers[0].fd):
             raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that made it was killed")
         if volume.zero_from is not None:
             raise CloneError("CORRUPT_IMAGE", f"{facts.what} is not finished: the run that grew it was killed")

@@ -21,7 +21,7 @@ from .._pools.directory import DirectoryPool, kind_of
 from .._pools.libvirt import LibvirtPool, device_number
 from .._pools.network import NetworkPool
 from .._pools.remote import RemotePool, RemoteVolume
-from .._transfer import device, guards, staging
+from .._transfer import guards, staging
 from . import elsewhere, network
 from .files import Files, OpenImage, close_all, identity_of, image_from_xml, open_image, path_of
 from .model import SourceFacts, TargetFacts
@@ -190,7 +190,7 @@ class Target:
         return replace(
             facts,
             image=image,
-            unfinished=device.is_marked(self.fd) or pool.is_unmarked(volume),
+            unfinished=pool.is_begun(volume.name, self.fd),
             on_source=bool(below) and _device_identity(below[0].path) == source.identity,
             depth=len(below),
             needs_origin=volume.needs is not None,

@@ -161,21 +161,19 @@ class DevicePool(LibvirtPool):
 
     def is_unfinished(self, volume: Device) -> bool:
         """Whether a volume has its name already, and is not whole."""
-        if self.is_unmarked(volume):
-            return True
         try:
             fd = self._open_device(volume.path)
         except FileNotFoundError:
             # A logical volume that is not active has no node.
             return False
         try:
-            return is_marked(fd)
+            return self.is_begun(volume.name, fd)
         finally:
             os.close(fd)
 
-    def is_unmarked(self, volume: Device) -> bool:
-        """Whether a run that made the volume was killed before it could mark it."""
-        return False
+    def is_begun(self, name: str, fd: int) -> bool:
+        """The same of a volume that is open."""
+        return is_marked(fd)
 
     def available(self) -> int:
         return self.sizes()[2]
@@ -403,12 +401,11 @@ class DiskPool(DevicePool):
     def marked(self, name: str) -> None:
         locks.note(self.lock_key(name), False)
 
-    def is_unmarked(self, volume: Device) -> bool:
-        noted = locks.noted_at(self.lock_key(volume.name))
-        if noted is None:
-            return False
+    def is_begun(self, name: str, fd: int) -> bool:
+        """Also where the run that made it was killed before it could mark it."""
+        noted = locks.noted_at(self.lock_key(name))
         # One that was made later, or given to somebody, is not the one that the note is of.
-        return -1 <= os.stat(os.path.realpath(volume.path)).st_ctime - noted < _MAKING
+        return is_marked(fd) or (noted is not None and -1 <= os.fstat(fd).st_ctime - noted < _MAKING)
 
     def remove(self, name: str) -> None:
         """By parted itself: libvirt asks it to remove "p1" of disks whose own name ends in a digit (9.0)."""
