@@ -111,7 +111,8 @@ class Child:
             self.close()
             raise
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """End it; its exit status, negative for the signal that ended it."""
         self._process.kill()
         # Nothing is left to be written, so that closing has nothing to fail with.
         for stream in (self._process.stdin, self._process.stdout):
@@ -119,7 +120,7 @@ class Child:
                 t.cast(t.IO[bytes], stream).close()
             except BrokenPipeError:
                 pass
-        self._process.wait()
+        return self._process.wait()
 
 
 class Output:

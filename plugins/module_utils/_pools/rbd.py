@@ -450,8 +450,8 @@ class RbdPool(NetworkPool):
             self._child = None
             raise
         if not line:
-            self.close()
-            raise CloneError("IO_ERROR", f"pool {self.name!r}: {doing} failed: librbd has ended unexpectedly")
+            self._child = None
+            raise CloneError("IO_ERROR", f"pool {self.name!r}: {doing} failed: librbd has ended (status {child.close()})")
         return t.cast(t.Dict[str, t.Any], json.loads(line))
 
     def _failure(self, answer: t.Mapping[str, t.Any], doing: str) -> Exception:
