@@ -272,10 +272,13 @@ notes:
   - Until it is whole, a LUN or partition begins with a mark. A task that is killed leaves it so. The next run that makes it
     begins anew, for which it needs no O(force). As a source it is refused.
   - Until it is whole, a volume of a C(logical) pool has a name that begins with C(.virtforge-). A task that is killed leaves
-    that volume behind, and the next task that makes one in the pool removes it.
+    that volume behind, and the next task on the same host that makes one in the pool removes it.
   - Runs on several hosts do not wait for each other. With Ceph and NFS one of them makes a name, and the others find it. A
     volume group, a disk or LUN that several hosts see is only for tasks on one of them, C(run_once=true), since a run on
-    another host would remove or overwrite a volume that is not finished.
+    another host would change the same volume group, or overwrite what is not finished.
+  - A volume of a C(logical) pool that LVM does not lay out as linear or thin is not replaced. Delete it first.
+  - In a partition table of the kind C(dos), libvirt ends partitions at cylinders. One that is up to 8225280 bytes larger than
+    O(capacity) is as large as stated.
   - A partition has the name that the kernel gives it. C(sdb3) may be C(sdc3) after a reboot.
 """
 

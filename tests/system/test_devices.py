@@ -18,6 +18,7 @@ from harness import MIB, clone, make_raw, module, refused, result_of, run, same_
 
 MARK = b"virtforge.libvirt: this volume is not finished\n"
 SIZE = 256 * MIB
+CYLINDER = 255 * 63 * 512
 
 
 def make_dirty(path, size=SIZE):
@@ -31,12 +32,12 @@ def make_dirty(path, size=SIZE):
 class Disk:
     """A pool of partitions on a disk full of old data."""
 
-    def __init__(self, path):
+    def __init__(self, path, table):
         self.path = path
         self.pool = f"disk{os.path.basename(path)}"
         make_dirty(path)
-        run("parted", "-s", path, "mklabel", "gpt")
-        virsh("pool-define-as", self.pool, "disk", "--source-dev", path, "--source-format", "gpt", "--target", "/dev")
+        run("parted", "-s", path, "mklabel", "msdos" if table == "dos" else table)
+        virsh("pool-define-as", self.pool, "disk", "--source-dev", path, "--source-format", table, "--target", "/dev")
         virsh("pool-start", self.pool)
 
     def partition(self, number):
@@ -55,8 +56,14 @@ class Disk:
 
 
 @pytest.fixture
-def disk(libvirtd, device):
-    disk = Disk(device(SIZE))
+def table():
+    """Of partitions, by libvirt's name for it."""
+    return "gpt"
+
+
+@pytest.fixture
+def disk(libvirtd, device, table):
+    disk = Disk(device(SIZE), table)
     yield disk
     disk.end()
 
@@ -87,6 +94,20 @@ def test_a_partition_is_made_filled_and_found_there(disk, request, image_format)
     assert volume["fallback_reason"] == "the target is a volume of a disk pool"
     assert same_content(source, image_format, disk.partition(1), "raw")
     assert reads_zero(disk.partition(1), 64 * MIB)
+
+
+@pytest.mark.parametrize("table", ["dos"])
+def test_partitions_that_end_at_cylinders(disk, raw):
+    """libvirt makes them larger than it was asked to, in a dos table."""
+    largest = 0
+    for number, capacity in enumerate((64, 65, 70), 1):
+        name = disk.name(number)
+        settle(pool=disk.pool, name=name, source_path=raw, capacity=f"{capacity}MiB")
+        largest = max(largest, int(run("blockdev", "--getsize64", disk.partition(number))) - capacity * MIB)
+        assert same_content(raw, "raw", disk.partition(number), "raw")
+        assert reads_zero(disk.partition(number), 64 * MIB)
+    assert 0 < largest <= CYLINDER
+    assert "asked for is 52428800 bytes" in refused("DIFFERS", pool=disk.pool, name=disk.name(1), source_path=raw, capacity="50MiB")
 
 
 def test_a_source_that_ends_within_a_sector(disk, pool):

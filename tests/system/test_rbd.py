@@ -443,6 +443,9 @@ def test_linked_or_not_is_told(rbd, base, raw, pool2, qcow2):
     linked = {"clone_type": "linked", "name": "web"}
     assert "rbd pool" in refused("NO_SUPPORT", pool=rbd.name, source_path=raw, **linked)
     assert "network" in refused("NO_SUPPORT", pool=pool2, source_pool=rbd.name, source=base, **linked)
+    rbd.rbd("create", "@plain", "--size", "1M", "--image-feature", "exclusive-lock")
+    assert "layering" in refused("NO_SUPPORT", pool=rbd.name, source="plain", **linked)
+    assert rbd.snapshots("plain") == []
 
 
 def test_linked_to_another_pool_of_the_cluster(rbd, base, raw, other_ceph_pool):

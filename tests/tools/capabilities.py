@@ -20,7 +20,7 @@ TESTED_ON = {
     "fs": "XFS and ext4 on loop devices",
     "netfs": "GlusterFS 10 (FUSE); NFS 4.2 of Linux 6.1",
     "logical": "LVM of Debian 12 on Linux 6.1, thin pools too",
-    "disk": "GPT on loop devices",
+    "disk": "GPT and MBR on loop devices",
     "rbd": "Ceph 16.2",
     "iscsi-direct": "tgt 1.0",
     "iscsi": "open-iscsi and tgt 1.0",

@@ -155,7 +155,8 @@ class Scene:
         if isinstance(pool, DevicePool):
             next_name = pool.next_name(self.source.told.names)
             unnameable = pool.cannot_name(name)
-            facts = replace(facts, granularity=pool.granularity, next_name=next_name, unnameable=unnameable)
+            facts = replace(facts, granularity=pool.granularity, excess=pool.excess)
+            facts = replace(facts, next_name=next_name, unnameable=unnameable)
         label = None if isinstance(pool, (DevicePool, RemotePool)) else _default_label(pool.path_of(name))
         return self._facts(facts, source, self.target.look(pool, name, source), name, label)
 
@@ -169,7 +170,7 @@ class Scene:
             if of_pool and source_pool is None:
                 # A check run, in which an earlier task makes it.
                 return ""
-            return pool.cannot_link(source_pool)
+            return pool.cannot_link(source_pool, self.request.source)
         return "it is a volume on the network" if isinstance(source_pool, NetworkPool) else ""
 
     def _facts(

@@ -35,6 +35,8 @@ class PoolFacts:
     missing: t.Optional[str] = None
     #: the unit in bytes in which it gives space to a volume
     granularity: int = 1
+    #: bytes by which a volume may come out larger than that
+    excess: int = 0
     #: the only name that the next volume can have, where the pool decides that
     next_name: t.Optional[str] = None
     #: why no new volume can have the name that is wanted
@@ -114,6 +116,8 @@ class TargetFacts:
     needs_origin: bool = False
     #: whether the file has a further name, which is in none of the pools
     linked_elsewhere: bool = False
+    #: why no new volume can take its place
+    irreplaceable: str = ""
 
 
 @dataclass(frozen=True)

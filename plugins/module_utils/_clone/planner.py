@@ -221,6 +221,8 @@ def _replacement(request: Request, facts: Facts) -> Plan:
         )
     if facts.pool.able.devices and facts.target.image and facts.target.image.encrypted:
         raise CloneError("NO_SUPPORT", f"{facts.what} cannot be replaced: it is encrypted (LUKS); delete it first")
+    if facts.target.irreplaceable:
+        raise CloneError("NO_SUPPORT", f"{facts.what} cannot be replaced: {facts.target.irreplaceable}; delete it first")
     dependents: Dependents = _known(facts, "target_dependents")
     if dependents.names:
         raise CloneError("OPERATION_INVALID", f"{facts.what} cannot be replaced: {entry.depend(dependents.names)}")
@@ -245,7 +247,7 @@ def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
     if request.linked:
         found += _linked_otherwise(facts, image)
     wanted = _stated_capacity(request, facts, image.format)
-    if wanted is not None and image.capacity > wanted and not _rounded_by_geometry(image, wanted):
+    if wanted is not None and image.capacity > wanted and not _rounded_by_geometry(facts, image, wanted):
         found.append(f"its capacity is {format_bytes(image.capacity)}, asked for is {format_bytes(wanted)}")
     if request.compare == "content" and not found:
         if facts.source.image is None and facts.source.pending:
@@ -282,9 +284,13 @@ def _rounded(facts: Facts, image_format: str, capacity: int) -> int:
     return -(-round_capacity(image_format, capacity) // unit) * unit
 
 
-def _rounded_by_geometry(image: Image, wanted: int) -> bool:
-    """A vpc that others made is rounded up to a whole number of cylinders, of at most 16 * 255 sectors (VHD specification)."""
-    return image.format == "vpc" and image.capacity - wanted < 16 * 255 * 512
+def _rounded_by_geometry(facts: Facts, image: Image, wanted: int) -> bool:
+    """Whether it is no larger than a whole number of cylinders makes it.
+
+    That is what a vpc has which others made, each of at most 16 * 255 sectors (VHD specification), or the partition of a dos table.
+    """
+    excess = image.capacity - wanted
+    return excess <= facts.pool.excess or (image.format == "vpc" and excess < 16 * 255 * 512)
 
 
 def _growth(request: Request, facts: Facts, image: Image, wanted: int) -> Grow:

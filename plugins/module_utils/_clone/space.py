@@ -49,7 +49,7 @@ class Space:
         if not layers:
             return 0
         topmost = layers[0]
-        available = self._task.pool.available()
+        available = self._available()
         if topmost.network is None and (topmost.image.format == "raw" or step.route == "copy"):
             end = guards.length(topmost.fd)
             if topmost.image.format == "raw":
@@ -71,7 +71,11 @@ class Space:
 
     def missing(self, step: Create) -> int:
         """Bytes that the pool lacks for it, 0 when it has enough."""
-        return max(self._taken(step) + self._source.told.reserved - self._task.pool.available(), 0)
+        return max(self._taken(step) + self._source.told.reserved - self._available(), 0)
+
+    def _available(self) -> int:
+        pool = self._task.pool
+        return pool.available_for(self._target.device) if isinstance(pool, DevicePool) else pool.available()
 
     def reserve(self, step: Create) -> None:
         """What this one takes is not there for the next clone of the same source."""
@@ -83,7 +87,9 @@ class Space:
         if isinstance(pool, DevicePool) and not isinstance(pool, RbdPool):
             if step.route == "link":
                 return pool.snapshot_size(step.capacity) if self._source.facts.fixed else 0
-            return pool.space_for(step.capacity, self._target.device)
+            target = self._target.device
+            if target is None or target.thin_pool is None:
+                return pool.space_for(step.capacity, target)
         if step.route == "libvirt" or (step.route not in ("blank", "link") and step.unshared is None):
             return 0
         own_blocks = step.backing is not None or self._task.request.own_blocks

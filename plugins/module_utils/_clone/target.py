@@ -194,6 +194,7 @@ class Target:
             on_source=bool(below) and _device_identity(below[0].path) == source.identity,
             depth=len(below),
             needs_origin=volume.needs is not None,
+            irreplaceable=pool.cannot_replace(volume),
         )
 
     # --- what lies below it -----------------------------------------------------------------------------------------------

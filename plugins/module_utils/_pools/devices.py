@@ -38,12 +38,16 @@ _FROM_TO = re.compile(rf"{_GROWING}([0-9]+)_to_([0-9]+)")
 #: bytes that a volume which takes its space when it is written to can grow by
 ENDLESS = 1 << 62
 _CHUNK = 4096
+# In a dos table libvirt ends partitions at cylinders, as it takes those to be (virStorageBackendDiskPartBoundaries).
+_CYLINDER = 255 * 63 * 512
 # Seconds that libvirt may take to make a partition.
 _MAKING = 120
 # lvm(8), "Valid names".
 _LVM_CHARACTERS = re.compile(r"[a-zA-Z0-9+_.-]*")
 _LVM_NAMES = ("snapshot", "pvmove")
 _LVM_PARTS = re.compile("_(cdata|cmeta|corig|iorig|mimage|mlog|pmspare|rimage|rmeta|tdata|tmeta|vdata|vorigin|wcorig)")
+# What we make, by lv_layout (lvs(8)); a snapshot of either has the same.
+_LVM_MADE = ("linear", "thin")
 # NAME_LEN of LVM (metadata-exported.h), of which it leaves three, and DM_NAME_LEN of the kernel (dm-ioctl.h).
 _LVM_LENGTH = _DM_LENGTH = 128
 # The last is said where there is space, but not as a striped or mirrored volume needs it.
@@ -73,6 +77,8 @@ class Device:
     needs: t.Optional[str] = None
     #: what is the same only for the same volume, where no device of this host tells
     identity: t.Tuple[str, ...] = ()
+    #: how LVM lays out its data, in LVM's words
+    layout: str = ""
 
     @property
     def sound(self) -> int:
@@ -85,6 +91,8 @@ class DevicePool(LibvirtPool):
 
     #: the unit in bytes in which it gives space to a volume
     granularity = 512
+    #: bytes by which a volume may come out larger than that
+    excess = 0
     #: what libvirt calls the type of its volumes
     volume_type = "block"
     #: whether volumes that are lost without another are deleted with it
@@ -178,6 +186,10 @@ class DevicePool(LibvirtPool):
     def available(self) -> int:
         return self.sizes()[2]
 
+    def available_for(self, target: t.Optional[Device]) -> int:
+        """Bytes that what takes the place of ``target`` can have."""
+        return self.available()
+
     def space_for(self, capacity: int, target: t.Optional[Device]) -> int:
         """Bytes that a volume of this capacity takes in place of ``target``."""
         return 0 if target is not None else capacity
@@ -253,6 +265,10 @@ class DevicePool(LibvirtPool):
         """Why this one cannot be grown, in a pool where others can; empty where it can."""
         return ""
 
+    def cannot_replace(self, volume: Device) -> str:
+        """Why no new volume can take the place of this one; empty where one can."""
+        return ""
+
     def room_for(self, volume: Device) -> int:
         """Bytes by which it can grow."""
         return self.available()
@@ -287,8 +303,8 @@ class DevicePool(LibvirtPool):
         """A new volume under a name that the next run knows as unfinished; it goes where it was not published."""
         raise self._cannot("make a volume under another name")
 
-    def cannot_link(self, source: t.Optional[t.Any]) -> str:
-        """Why there is no linked clone here of a volume of the pool ``source``; empty when there is."""
+    def cannot_link(self, source: t.Optional[t.Any], name: t.Optional[str]) -> str:
+        """Why there is no linked clone here of the volume ``name`` of the pool ``source``; empty when there is."""
         return "there are only full clones"
 
     def staged_link(self, capacity: int, source: t.Any, name: str) -> t.ContextManager[Device]:
@@ -325,7 +341,12 @@ class DevicePool(LibvirtPool):
 
     def _unfinished_name(self) -> str:
         """A new name, by which the next run knows a volume that is not finished."""
-        return f".virtforge-{secrets.token_hex(8)}.tmp"
+        return f"{self._unfinished}{secrets.token_hex(4)}.tmp"
+
+    @property
+    def _unfinished(self) -> str:
+        """What such names begin with on this host, before and after a reboot."""
+        return f".virtforge-{hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]}"
 
     def _rename(self, name: str, other: str) -> None:
         """Give a volume another name.
@@ -354,6 +375,10 @@ class DiskPool(DevicePool):
 
     # parted places them at whole MiB.
     granularity = 1 << 20
+
+    @property
+    def excess(self) -> int:  # type: ignore[override]
+        return _CYLINDER if self.definition().source.format == "dos" else 0
 
     def next_name(self, taken: t.AbstractSet[str] = frozenset()) -> t.Optional[str]:
         """parted takes the lowest free number, and libvirt refuses any other name (virStorageBackendDiskMakeDataVol)."""
@@ -472,13 +497,24 @@ class LogicalPool(DevicePool):
     def _listed(self) -> t.List[t.Dict[str, str]]:
         """The volumes as lvs tells them, each with what is the same for all of the group."""
         if self._rows is None:
-            fields = "lv_name,lv_path,lv_size,lv_attr,origin,origin_size,pool_lv,data_percent,lv_tags,vg_extent_size,vg_free"
-            self._rows = self._report("lvs", fields, self.group)
+            fields = "lv_name,lv_path,lv_size,lv_attr,lv_layout,lv_tags,origin,origin_size,pool_lv,data_percent"
+            self._rows = self._report("lvs", f"{fields},vg_extent_size,vg_free", self.group)
         return self._rows
+
+    def available_for(self, target: t.Optional[Device]) -> int:
+        thin_pool = target.thin_pool if target else None
+        if thin_pool is None:
+            return self.available()
+        row = next(row for row in self._listed() if row["lv_name"] == thin_pool)
+        free = int(int(row["lv_size"]) * (1 - float(row["data_percent"] or 0) / 100))
+        setting = "activation/thin_pool_autoextend_threshold"
+        told = self._lvm("looking at the settings of LVM", "lvmconfig", "--type", "full", "--valuesonly", setting)
+        # With 100 a thin pool is never made larger by itself (lvmthin(7)).
+        return free if int(told) >= 100 else free + self.available()
 
     def space_for(self, capacity: int, target: t.Optional[Device]) -> int:
         # The old one is there until the new one is whole.
-        return 0 if target is not None and target.thin_pool else capacity
+        return capacity
 
     def snapshot_size(self, capacity: int) -> int:
         # Of chunks of 4 KiB a header, and one with records for each 256 of data (_cow_max_size() in LVM's snapshot.c).
@@ -508,6 +544,10 @@ class LogicalPool(DevicePool):
         # "Snapshot origin volumes can be resized only while inactive" (lvextend).
         return f"LVM does not grow the origin of snapshots ({', '.join(dependents[:3])})" if dependents else ""
 
+    def cannot_replace(self, volume: Device) -> str:
+        layout = volume.layout.split(",")[0]
+        return "" if layout in _LVM_MADE else f"LVM lays it out as {layout}, and a new one would be linear"
+
     def room_for(self, volume: Device) -> int:
         # What a run that was killed has added is there already. A thin pool may promise more than it has.
         return ENDLESS if volume.thin_pool else self.available() + volume.capacity - volume.sound
@@ -533,7 +573,7 @@ class LogicalPool(DevicePool):
         with self._staged([*size, self.group]) as device:
             yield device
 
-    def cannot_link(self, source: t.Optional[t.Any]) -> str:
+    def cannot_link(self, source: t.Optional[t.Any], name: t.Optional[str]) -> str:
         same = isinstance(source, LogicalPool) and source.name == self.name
         return "" if same else "it is no logical volume of the same pool"
 
@@ -598,9 +638,12 @@ class LogicalPool(DevicePool):
             self._change(f"growing {where}", "lvchange", "-q", *arguments, where)
 
     def _sweep(self) -> None:
-        """Delete what runs that are dead have left unfinished: their lock is free."""
+        """Delete what runs of this host that are dead have left unfinished: their lock is free.
+
+        Where hosts share a volume group, nothing here tells what the others are at.
+        """
         for device in self._devices():
-            if is_staged_name(device.name):
+            if is_staged_name(device.name) and device.name.startswith(self._unfinished):
                 try:
                     with locks.Locks([], [self.lock_key(device.name)], Deadline(0, "lock_timeout"), ""):
                         self.look_again()
@@ -661,8 +704,19 @@ def _logical_volume(row: t.Mapping[str, str], thin_pools: t.Mapping[str, str]) -
     zero_from = max((int(match.group(1)) for match in grown), default=None)
     # Its thin pool may have been told not to zero new blocks (lvs(8), the eighth attribute).
     zeroes = thin_pool is not None and row["lv_attr"][7:8] == "z"
-    name, path = row["lv_name"], row["lv_path"]
-    return Device(name, path, capacity, origin, thin_pool, zero_from, tags, zeroes, allocation, needs)
+    return Device(
+        row["lv_name"],
+        row["lv_path"],
+        capacity,
+        origin,
+        thin_pool,
+        zero_from,
+        tags,
+        zeroes,
+        allocation,
+        needs,
+        layout=row["lv_layout"],
+    )
 
 
 class LunPool(DevicePool):

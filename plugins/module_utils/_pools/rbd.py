@@ -65,6 +65,7 @@ class Parent:
 @dataclass(frozen=True)
 class RbdImage(Device):
     parent: t.Optional[Parent] = None
+    layering: bool = True
     fast_diff: bool = False
     #: seconds since 1970, by the clock of the cluster
     created: float = 0.0
@@ -285,13 +286,14 @@ class RbdPool(NetworkPool):
 
     # --- linked clones ----------------------------------------------------------------------------------------------------
 
-    def cannot_link(self, source: t.Optional[t.Any]) -> str:
+    def cannot_link(self, source: t.Optional[t.Any], name: t.Optional[str]) -> str:
         if not isinstance(source, RbdPool):
             return "it is no volume of an rbd pool"
         if not {host for host, _port in self.access.hosts} & {host for host, _port in source.access.hosts}:
             monitors = [host for host, _port in (*self.access.hosts, *source.access.hosts)]
             return f"the two pools name none of the same monitors ({', '.join(monitors)})"
-        return ""
+        image = source.volume(name) if name else None
+        return "it was made without RBD's feature layering" if image and not image.layering else ""
 
     def parents(self, image: t.Optional[RbdImage]) -> t.List[RbdImage]:
         """All that lies below an image, the nearest first."""
@@ -395,6 +397,7 @@ class RbdPool(NetworkPool):
             # Two pools of libvirt may be the same of Ceph, by other names of its monitors.
             identity=("rbd", *place, found["id"], str(found["created"])),
             parent=Parent(*found["parent"]) if found["parent"] else None,
+            layering=found["layering"],
             fast_diff=found["fast_diff"],
             created=found["created"],
             modified=found["modified"],

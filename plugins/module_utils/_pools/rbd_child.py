@@ -66,6 +66,7 @@ class Cluster:
             return {
                 "size": image.size(),
                 "id": image.id(),
+                "layering": bool(image.features() & self._rbd.RBD_FEATURE_LAYERING),
                 "fast_diff": bool(image.features() & self._rbd.RBD_FEATURE_FAST_DIFF),
                 "created": calendar.timegm(image.create_timestamp().timetuple()),
                 "modified": calendar.timegm(image.modify_timestamp().timetuple()),

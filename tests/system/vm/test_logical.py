@@ -158,6 +158,22 @@ def test_a_killed_run_leaves_no_volume_and_takes_no_space(lvm, pool):
     assert same_content(source, "raw", "/dev/vgclone/web", "raw")
 
 
+def test_a_volume_that_another_host_is_filling_is_left_alone(lvm, raw):
+    """Of a volume group that hosts share: the lock of its run is there, not here."""
+    run("lvcreate", "-y", "-q", "-Zn", "-Wn", "-L", "16M", "-n", ".virtforge-0123456789abcdef.tmp", lvm)
+    settle(pool=lvm, name="web", source_path=raw)
+    assert sorted(volumes()) == [".virtforge-0123456789abcdef.tmp", "web"]
+
+
+def test_a_volume_over_several_disks_is_not_replaced_by_one_on_one(lvm, raw, device):
+    run("vgextend", "-q", "vgclone", device(96 * MIB))
+    run("lvcreate", "-y", "-q", "-i", "2", "-L", "64M", "-n", "web", "vgclone")
+    params = {"pool": lvm, "name": "web", "source_path": raw, "compare": "content", "force": True}
+    assert "as striped" in refused("NO_SUPPORT", **params)
+    run("lvremove", "-f", "-q", "vgclone/web")
+    run("vgreduce", "-q", "-a", "vgclone")
+
+
 def test_a_thin_pool_that_does_not_zero_shows_nothing_either(lvm, pool):
     """A block of it that is written to in part keeps what the rest of it held."""
     run("lvcreate", "-y", "-q", "-Zn", "-L", "96M", "--thinpool", "thin", "vgclone")
@@ -165,6 +181,18 @@ def test_a_thin_pool_that_does_not_zero_shows_nothing_either(lvm, pool):
     source = make_raw(pool / "sparse.raw", 16 * MIB, [(100, 1), (900, 1)], unit=4096)
     result = clone(pool=lvm, name="web", source_path=source, compare="content", force=True)
     assert result["actions"] == ["replaced"] and volumes()["web"]["segtype"] == "thin"
+    assert same_content(source, "raw", "/dev/vgclone/web", "raw")
+
+
+def test_a_thin_pool_that_is_too_full_is_not_filled_up(lvm, pool):
+    """It would fail the writes of all its volumes."""
+    run("lvcreate", "-y", "-q", "-L", "32M", "--thinpool", "thin", "vgclone")
+    run("lvcreate", "-y", "-q", "-V", "64M", "--thinpool", "thin", "-n", "web", "vgclone")
+    params = {"pool": lvm, "name": "web", "compare": "content", "force": True}
+    source = make_raw(pool / "large.raw", 64 * MIB, [(1, 40)])
+    assert "free in pool" in refused("NO_SPACE", **params, source_path=source)
+    source = make_raw(pool / "small.raw", 64 * MIB, [(1, 20)])
+    assert settle(**params, source_path=source)["actions"] == ["replaced"]
     assert same_content(source, "raw", "/dev/vgclone/web", "raw")
 
 
