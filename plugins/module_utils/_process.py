@@ -39,6 +39,7 @@ def run(
     file_limit: t.Optional[int] = None,
     env: t.Optional[t.Mapping[str, str]] = None,
     network: bool = True,
+    outlives: bool = False,
 ) -> t.Tuple[int, str, str]:
     """Exit status (negative for a signal), standard output and standard error.
 
@@ -48,6 +49,7 @@ def run(
     :param file_limit: largest file in bytes that it may write
     :param env: variables of its environment besides the language and the path
     :param network: whether it may connect to other hosts, and to servers on this one
+    :param outlives: whether it comes to its own end when we are killed: it is in the middle of what only it can undo
     """
     process = subprocess.Popen(
         command,
@@ -57,7 +59,8 @@ def run(
         pass_fds=tuple(fds),
         env={**(env or {}), **_ENVIRONMENT},
         cwd="/",
-        preexec_fn=_in_child(os.getpid(), quick, file_limit, network),  # pylint: disable=subprocess-popen-preexec-fn
+        preexec_fn=_in_child(os.getpid(), quick, file_limit, network, outlives),  # pylint: disable=subprocess-popen-preexec-fn
+        start_new_session=outlives,
     )
     try:
         while True:
@@ -68,7 +71,8 @@ def run(
                 watch()
     finally:
         if process.poll() is None:
-            process.kill()
+            if not outlives:
+                process.kill()
             process.communicate()
     return process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
@@ -176,7 +180,9 @@ class Output:
         return status, os.pread(self._errors, 4096, 0).decode("utf-8", "replace")
 
 
-def _in_child(parent: int, quick: bool, file_limit: t.Optional[int], network: bool) -> t.Callable[[], None]:
+def _in_child(
+    parent: int, quick: bool, file_limit: t.Optional[int], network: bool, outlives: bool = False
+) -> t.Callable[[], None]:
     """What the child does between fork and exec: die with the parent, and live within limits (CVE-2015-5162)."""
 
     def prepare() -> None:
@@ -184,7 +190,8 @@ def _in_child(parent: int, quick: bool, file_limit: t.Optional[int], network: bo
             # Only root may do that alone. Where users may do neither, what is spelled out for the program has to be enough.
             # Before the next call, since a change of credentials may undo that (PR_SET_PDEATHSIG(2const)).
             _LIBC.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if not outlives:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             # The parent died before the line above took effect; nobody would ever stop us.
             os._exit(127)

@@ -268,22 +268,20 @@ class NetworkDisk:
     hosts: t.Tuple[str, ...] = field(default=(), compare=False)
 
 
-def domain_network_disks(document: str) -> t.List[NetworkDisk]:
-    """What a domain's disks use on the network, at any depth as in :func:`domain_disks`."""
-    root = parse(document, "domain")
+def domain_network_disks(document: str, writing: bool = False) -> t.List[NetworkDisk]:
+    """What a domain's disks use on the network, at any depth as in :func:`domain_disks`, or only what it writes to."""
     disks = []
-    for disk in root.findall("devices/disk"):
-        for source in disk.iter("source", "mirror"):
-            if source.get("protocol"):
-                hosts = tuple(host.get("name") or "" for host in source.findall("host"))
-                disks.append(NetworkDisk(source.get("protocol"), source.get("name") or "", hosts))
+    for source in _disk_sources(document, writing):
+        if source.get("protocol"):
+            hosts = tuple(host.get("name") or "" for host in source.findall("host"))
+            disks.append(NetworkDisk(source.get("protocol"), source.get("name") or "", hosts))
     return disks
 
 
-def domain_volumes(document: str) -> t.List[t.Tuple[str, str]]:
-    """Pool and name of the volumes that a domain's disks name as such (``type='volume'``)."""
-    root = parse(document, "domain")
-    return [(source.get("pool"), source.get("volume") or "") for source in root.findall("devices/disk/source[@pool]")]
+def domain_volumes(document: str, writing: bool = False) -> t.List[t.Tuple[str, str]]:
+    """Pool and name of the volumes that a domain's disks name as such (``type='volume'``), or only those it writes to."""
+    sources = _disk_sources(document, writing)
+    return [(source.get("pool"), source.get("volume")) for source in sources if source.get("pool") and source.get("volume")]
 
 
 def domain_disks(document: str) -> t.List[str]:
@@ -311,20 +309,24 @@ def domain_uses(document: str, writing: bool = False) -> t.Set[DiskName]:
     :param writing: only what the domain writes to: no layers below a disk, and no disk that is only read
     :raises CloneError: ``XML_ERROR`` when that is no domain document
     """
-    root = parse(document, "domain")
     found: t.Set[DiskName] = set()
-    for disk in root.findall("devices/disk"):
-        if writing and disk.find("readonly") is not None:
-            continue
-        # What is being copied to is written to as well (virDomainDiskDefMirrorParse).
-        sources = [*disk.findall("source"), *disk.findall("mirror"), *disk.findall("mirror/source")]
-        for element in sources if writing else disk.iter("source", "mirror"):
-            # An image of Ceph has its name for a path.
-            named = element.get("name") if element.get("protocol") == "rbd" else None
-            found.update(value for value in (element.get("file"), element.get("dev"), named) if value)
-            if element.get("pool") and element.get("volume"):
-                found.add((element.get("pool"), element.get("volume")))
+    for element in _disk_sources(document, writing):
+        # An image of Ceph has its name for a path.
+        named = element.get("name") if element.get("protocol") == "rbd" else None
+        found.update(value for value in (element.get("file"), element.get("dev"), named) if value)
+        if element.get("pool") and element.get("volume"):
+            found.add((element.get("pool"), element.get("volume")))
     return found
+
+
+def _disk_sources(document: str, writing: bool) -> t.Iterator[t.Any]:
+    """Elements that name what a domain's disks use; ``writing`` as in :func:`domain_uses`."""
+    for disk in parse(document, "domain").findall("devices/disk"):
+        if not writing:
+            yield from disk.iter("source", "mirror")
+        elif disk.find("readonly") is None:
+            # What is being copied to is written to as well (virDomainDiskDefMirrorParse).
+            yield from (*disk.findall("source"), *disk.findall("mirror"), *disk.findall("mirror/source"))
 
 
 def domain_pools(document: str) -> t.List[str]:

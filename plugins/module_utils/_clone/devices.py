@@ -95,8 +95,8 @@ def _fill_marked(
     made = scene.target.device is None
     if made:
         pool.make(facts.name, step.capacity)
-    elif step.replaces:
-        refuse_in_use(scene, facts.name, f"{what} cannot be replaced")
+    else:
+        refuse_in_use(scene, facts.name, f"{what} cannot be {'replaced' if step.replaces else 'filled'}")
     volume = pool.volume(facts.name)
     if volume is None:
         raise CloneError("IO_ERROR", f"{what} is not there after it was made")
@@ -122,7 +122,7 @@ def _fill_marked(
         whole = True
     finally:
         if made and not whole:
-            pool.remove(facts.name)
+            pool.unmake(facts.name)
 
 
 def _mark(scene: Scene, target: Layer, what: str, watch: t.Callable[[], None]) -> None:

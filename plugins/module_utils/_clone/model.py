@@ -118,6 +118,10 @@ class TargetFacts:
     linked_elsewhere: bool = False
     #: why no new volume can take its place
     irreplaceable: str = ""
+    #: the unit in bytes in which it can be grown, where that is larger than the pool's
+    granularity: int = 1
+    #: whether a clone of this kind stays whole when the source is gone, and does not tell any more what that was
+    outlives_source: bool = False
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,9 @@ def plan(request: Request, facts: Facts) -> Plan:
     if target.image and not target.unfinished:
         result = _existing(request, facts, target.image)
     else:
+        if target.unfinished:
+            # Nobody's data, but somebody may have begun to use the device since.
+            _refuse_in_use(facts, "filled")
         result = _absent(request, facts, replaces=False)
     if result.steps and not facts.pool.missing:
         only = result.steps[0] if len(result.steps) == 1 else None
@@ -264,6 +267,8 @@ def _differences(request: Request, facts: Facts, image: Image) -> t.List[str]:
 def _linked_otherwise(facts: Facts, image: Image) -> t.List[str]:
     source = facts.source
     asked_for = f"asked for is a linked clone of {source.what}, {source.key!r}"
+    if image.backing is None and facts.target.outlives_source and source.image is None and not source.pending:
+        return []
     if image.backing is None:
         return [f"it has no backing store, {asked_for}"]
     if not facts.target.on_source:
@@ -280,7 +285,7 @@ def _stated_capacity(request: Request, facts: Facts, image_format: str) -> t.Opt
 
 def _rounded(facts: Facts, image_format: str, capacity: int) -> int:
     """The smallest capacity, not below this one, that format and pool can represent."""
-    unit = facts.pool.granularity
+    unit = max(facts.pool.granularity, facts.target.granularity)
     return -(-round_capacity(image_format, capacity) // unit) * unit
 
 
@@ -393,7 +398,7 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
         request.preallocation,
         request.nocow,
         replaces,
-        _dropped(source) if route in ("convert", "libvirt") else (),
+        _dropped(source) if route in ("convert", "libvirt", "device") else (),
         None if route in ("link", "libvirt") else _unshared(request, facts, source, image_format, route),
         _backing(request, facts),
     )
@@ -408,7 +413,9 @@ def _absent(request: Request, facts: Facts, replaces: bool) -> Plan:
 def _refuse_shrinking_device(request: Request, facts: Facts) -> None:
     """A device that is filled again keeps its size, and would be larger than stated on each run."""
     image, wanted = facts.target.image, _stated_capacity(request, facts, "raw")
-    if image and wanted is not None and image.capacity > wanted and facts.pool.able.staging == "mark":
+    if image is None or wanted is None or _rounded_by_geometry(facts, image, wanted):
+        return
+    if image.capacity > wanted and facts.pool.able.staging == "mark":
         sizes = f"{format_bytes(image.capacity)}, asked for is {format_bytes(wanted)}"
         raise CloneError("NO_SUPPORT", f"{facts.what} has {sizes}; a volume of a {facts.pool.type} pool keeps its size")
 

@@ -195,6 +195,8 @@ class Target:
             depth=len(below),
             needs_origin=volume.needs is not None,
             irreplaceable=pool.cannot_replace(volume),
+            granularity=pool.granularity * volume.stripes,
+            outlives_source=volume.thin_pool is not None,
         )
 
     # --- what lies below it -----------------------------------------------------------------------------------------------

@@ -40,12 +40,14 @@ ENDLESS = 1 << 62
 _CHUNK = 4096
 # In a dos table libvirt ends partitions at cylinders, as it takes those to be (virStorageBackendDiskPartBoundaries).
 _CYLINDER = 255 * 63 * 512
+# The highest number of a partition there that is no logical one.
+_PRIMARY = 4
 # Seconds that libvirt may take to make a partition.
 _MAKING = 120
 # lvm(8), "Valid names".
 _LVM_CHARACTERS = re.compile(r"[a-zA-Z0-9+_.-]*")
 _LVM_NAMES = ("snapshot", "pvmove")
-_LVM_PARTS = re.compile("_(cdata|cmeta|corig|iorig|mimage|mlog|pmspare|rimage|rmeta|tdata|tmeta|vdata|vorigin|wcorig)")
+_LVM_PARTS = re.compile("_(cdata|cmeta|cvol|imeta|corig|iorig|mimage|mlog|pmspare|rimage|rmeta|tdata|tmeta|vdata|vorigin|wcorig)")
 # What we make, by lv_layout (lvs(8)); a snapshot of either has the same.
 _LVM_MADE = ("linear", "thin")
 # NAME_LEN of LVM (metadata-exported.h), of which it leaves three, and DM_NAME_LEN of the kernel (dm-ioctl.h).
@@ -77,8 +79,9 @@ class Device:
     needs: t.Optional[str] = None
     #: what is the same only for the same volume, where no device of this host tells
     identity: t.Tuple[str, ...] = ()
-    #: how LVM lays out its data, in LVM's words
+    #: how LVM lays out its data, in LVM's words, and over how many devices
     layout: str = ""
+    stripes: int = 1
 
     @property
     def sound(self) -> int:
@@ -112,9 +115,14 @@ class DevicePool(LibvirtPool):
         """What it runs with, whatever it will be started with next."""
         return definition.parse(self.document())
 
+    @property
+    def storage(self) -> str:
+        """The same for all pools of libvirt that have the same volumes, as far as that can be told."""
+        return self.name
+
     def lock_key(self, name: str) -> str:
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-        return f"pool-{hashlib.sha256(os.fsencode(self.name)).hexdigest()[:32]}-{digest}"
+        return f"pool-{hashlib.sha256(os.fsencode(f'{self.type} {self.storage}')).hexdigest()[:32]}-{digest}"
 
     def contains(self, path: str) -> bool:
         """Whether the real path ``path`` is a volume of this pool."""
@@ -296,6 +304,10 @@ class DevicePool(LibvirtPool):
         """Make a volume; nobody has said yet what it reads as."""
         raise self._cannot("make a volume")
 
+    def unmake(self, name: str) -> None:
+        """Delete what :meth:`make` has made, and nobody has filled."""
+        self.remove(name)
+
     def marked(self, name: str) -> None:
         """What was made has a mark now."""
 
@@ -320,7 +332,7 @@ class DevicePool(LibvirtPool):
         if not replaces or self.volume(name) is None:
             self._rename(staged, name)
             return
-        dependents = self.dependents(name) if self.removes_dependents else []
+        dependents = self.dependents(name) if self.removes_dependents or self.refuses_dependents else []
         if dependents:
             raise CloneError(
                 "IN_USE",
@@ -398,12 +410,30 @@ class DiskPool(DevicePool):
     def _disk(self) -> str:
         return self.definition().source.devices[0]
 
+    @property
+    def storage(self) -> str:
+        return os.path.realpath(self._disk())
+
     def cannot_delete(self, volume: Device) -> str:
-        number = self._number(volume.name)
-        behind = [name for name in self._names() if (self._number(name) or 0) > (number or 0)]
-        if self.definition().source.format == "dos" and number is not None and number > 4 and behind:
-            return f"the logical partitions behind it ({', '.join(sorted(behind)[:3])}) would get other names"
+        if self.definition().source.format != "dos":
+            return ""
+        number = self._number(volume.name) or 0
+        logical = sorted(name for name in self._names() if (self._number(name) or 0) > max(number, _PRIMARY))
+        if number > _PRIMARY and logical:
+            return f"the logical partitions behind it ({', '.join(logical[:3])}) would get other names"
+        if logical and self._is_extended(volume):
+            return f"the logical partitions in it ({', '.join(logical[:3])}) would be deleted with it"
         return ""
+
+    def _is_extended(self, volume: Device) -> bool:
+        """Of such a partition the kernel shows two sectors, or one of 4 KiB (msdos_partition() in block/partitions/msdos.c)."""
+        return self.definition().source.format == "dos" and volume.capacity <= 4096
+
+    def cannot_replace(self, volume: Device) -> str:
+        return "it is an extended partition" if self._is_extended(volume) else ""
+
+    def cannot_wipe(self, volume: Device) -> str:
+        return "it is an extended partition" if self._is_extended(volume) else super().cannot_wipe(volume)
 
     @contextmanager
     def alone(self, deadline: Deadline) -> t.Iterator[None]:
@@ -416,12 +446,22 @@ class DiskPool(DevicePool):
         with self.alone(Deadline(60, "lock_timeout")), translated(f"making volume {name!r} of pool {self.name!r}"):
             # It has its name, and anybody's data, before there is a mark on it.
             locks.note(self.lock_key(name), True)
-            self._pool.createXML(document, 0)
+            try:
+                self._pool.createXML(document, 0)
+            except BaseException:
+                if not os.path.exists(f"/sys/class/block/{name}"):
+                    locks.note(self.lock_key(name), False)
+                raise
         made = self.volume(name)
         if made is None or made.capacity < capacity:
-            self.remove(name)
+            self.unmake(name)
             found = made.capacity if made else 0
             raise CloneError("NO_SPACE", f"volume {name!r} of pool {self.name!r} came out with {found} bytes, not {capacity}")
+
+    def unmake(self, name: str) -> None:
+        with self.alone(Deadline(60, "lock_timeout")):
+            self.remove(name)
+            locks.note(self.lock_key(name), False)
 
     def marked(self, name: str) -> None:
         locks.note(self.lock_key(name), False)
@@ -440,7 +480,7 @@ class DiskPool(DevicePool):
         program = _process.find("parted")
         if program is None:
             raise CloneError("MISSING_DEPENDENCY", f"pool {self.name!r}: parted is not installed")
-        status, _out, err = _process.run([program, "--script", self._disk(), "rm", str(number)], ())
+        status, _out, err = _process.run([program, "--script", self._disk(), "rm", str(number)], (), outlives=True)
         if status:
             text = " ".join(err.split())
             raise CloneError("IO_ERROR", f"deleting volume {name!r} of pool {self.name!r} failed: {text}")
@@ -460,6 +500,10 @@ class LogicalPool(DevicePool):
 
     def look_again(self) -> None:
         self._rows = None
+
+    @property
+    def storage(self) -> str:
+        return self.group
 
     @property
     def group(self) -> str:
@@ -498,7 +542,12 @@ class LogicalPool(DevicePool):
         """The volumes as lvs tells them, each with what is the same for all of the group."""
         if self._rows is None:
             fields = "lv_name,lv_path,lv_size,lv_attr,lv_layout,lv_tags,origin,origin_size,pool_lv,data_percent"
-            self._rows = self._report("lvs", f"{fields},vg_extent_size,vg_free", self.group)
+            # A line for each segment of a volume.
+            rows: t.Dict[str, t.Dict[str, str]] = {}
+            for row in self._report("lvs", f"{fields},data_stripes,vg_extent_size,vg_free", self.group):
+                known = rows.setdefault(row["lv_name"], row)
+                known["data_stripes"] = max(known["data_stripes"], row["data_stripes"], key=lambda text: int(text or 1))
+            self._rows = list(rows.values())
         return self._rows
 
     def available_for(self, target: t.Optional[Device]) -> int:
@@ -527,7 +576,7 @@ class LogicalPool(DevicePool):
             return "it begins with -, which LVM takes for an option"
         if not _LVM_CHARACTERS.fullmatch(name):
             return "LVM has no other characters in a name than letters without accents, digits, and + _ . -"
-        if name in _LVM_NAMES or _LVM_PARTS.search(name):
+        if name.startswith(_LVM_NAMES) or _LVM_PARTS.search(name):
             return "LVM keeps such names for itself"
         room = _LVM_LENGTH - 3 - len(self.group)
         if len(name) > room:
@@ -574,8 +623,11 @@ class LogicalPool(DevicePool):
             yield device
 
     def cannot_link(self, source: t.Optional[t.Any], name: t.Optional[str]) -> str:
-        same = isinstance(source, LogicalPool) and source.name == self.name
-        return "" if same else "it is no logical volume of the same pool"
+        if not isinstance(source, LogicalPool) or source.name != self.name:
+            return "it is no logical volume of the same pool"
+        volume = self.volume(name) if name else None
+        # "Snapshots of snapshots are not supported" (lvcreate).
+        return "it is a snapshot itself, of a volume that is not thin" if volume and volume.needs and not volume.thin_pool else ""
 
     @contextmanager
     def staged_link(self, capacity: int, source: t.Any, name: str) -> t.Iterator[Device]:
@@ -670,7 +722,8 @@ class LogicalPool(DevicePool):
             raise CloneError("MISSING_DEPENDENCY", f"pool {self.name!r}: {program} is not installed (package lvm2)")
         if os.geteuid() != 0:
             raise CloneError("OPERATION_DENIED", f"pool {self.name!r}: only root may ask LVM; use become")
-        status, out, err = _process.run([path, *arguments], ())
+        # Killed between the two, it would leave a device suspended that it had only wanted to snapshot.
+        status, out, err = _process.run([path, *arguments], (), outlives=True)
         if status:
             text = " ".join(err.split())
             if "already exists" in text:
@@ -716,6 +769,7 @@ def _logical_volume(row: t.Mapping[str, str], thin_pools: t.Mapping[str, str]) -
         allocation,
         needs,
         layout=row["lv_layout"],
+        stripes=int(row["data_stripes"] or 1),
     )
 
 

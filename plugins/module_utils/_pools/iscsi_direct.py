@@ -80,5 +80,12 @@ class IscsiDirectPool(NetworkPool):
 
     def users(self, name: str) -> str:
         """Running domains; what other initiators do, the server does not tell."""
+        return self._domains(name, writing=False)
+
+    def writers(self, name: str) -> str:
+        return self._domains(name, writing=True)
+
+    def _domains(self, name: str, writing: bool) -> str:
         unit = (self._path(name) or "").rpartition("-lun-")[2]
-        return self._connection.users_of_network("iscsi", f"{self._target}/{unit}", self.access.hosts, self.name, name)
+        paths = {name: f"{self._target}/{unit}"}
+        return self._connection.users_of_network("iscsi", paths, self.access.hosts, self.name, writing)[name]

@@ -244,22 +244,29 @@ class Connection:
         return found
 
     def users_of_network(
-        self, protocol: str, path: str, hosts: t.Sequence[t.Tuple[str, t.Optional[int]]], pool: str, volume: str
-    ) -> str:
-        """Running domains that have a disk, or a layer of one, on a volume that is reached by the network.
+        self,
+        protocol: str,
+        paths: t.Mapping[str, str],
+        hosts: t.Sequence[t.Tuple[str, t.Optional[int]]],
+        pool: str,
+        writing: bool = False,
+    ) -> t.Dict[str, str]:
+        """By the name of each volume that is reached by the network: running domains that have a disk, or a layer of one, on it.
 
-        :param path: what libvirt calls it in a disk: ``pool/image`` or ``iqn/lun``
+        :param paths: by the name of the volume, what libvirt calls it in a disk: ``pool/image`` or ``iqn/lun``
         :param hosts: of the pool; a domain may name others of the same cluster too
+        :param writing: only those that write to it
         """
-        wanted = _xml.NetworkDisk(protocol, path)
         ours = {host for host, _port in hosts}
-        found = []
+        found: t.Dict[str, t.List[str]] = {volume: [] for volume in paths}
         for name, document in self._running_domains():
-            disks = _xml.domain_network_disks(document)
-            same = any(disk == wanted and (not disk.hosts or ours & set(disk.hosts)) for disk in disks)
-            if same or (pool, volume) in _xml.domain_volumes(document):
-                found.append(f"domain {name!r}")
-        return ", ".join(found[:3])
+            disks = _xml.domain_network_disks(document, writing)
+            used = {(disk.protocol, disk.name) for disk in disks if not disk.hosts or ours & set(disk.hosts)}
+            volumes = _xml.domain_volumes(document, writing)
+            for volume, path in paths.items():
+                if (protocol, path) in used or (pool, volume) in volumes:
+                    found[volume].append(f"domain {name!r}")
+        return {volume: ", ".join(domains[:3]) for volume, domains in found.items()}
 
     def _running_domains(self) -> t.Iterator[t.Tuple[str, str]]:
         """Name and document of each."""

@@ -121,9 +121,9 @@ class NetworkPool(DevicePool, ABC):
     def users(self, name: str) -> str:
         """Who has the volume open for writing, as a phrase; empty when nobody has."""
 
+    @abstractmethod
     def writers(self, name: str) -> str:
         """Who may be writing to a volume that is read: for a source, where other readers do not count."""
-        return self.users(name)
 
     def users_by_name(self, volumes: t.Sequence[Device]) -> t.Dict[str, t.List[str]]:
         users = {volume.name: self.users(volume.name) for volume in volumes}

@@ -100,6 +100,10 @@ class RbdPool(NetworkPool):
         pool, _slash, namespace = (self.access.name or self.name).partition("/")
         return pool, namespace
 
+    @property
+    def storage(self) -> str:
+        return self.access.name or self.name
+
     def path_of(self, name: str) -> str:
         return f"{self.access.name or self.name}/{name}"
 
@@ -113,6 +117,10 @@ class RbdPool(NetworkPool):
 
     def below(self, volume: Device, volumes: t.Sequence[Device]) -> t.List[Device]:
         return list(self.parents(t.cast(RbdImage, volume)))
+
+    def available(self) -> int:
+        """As libvirt has it, but now: it asks when it looks at all of the pool."""
+        return t.cast(int, self._ask(f"looking at pool {self.name!r}", "available"))
 
     def allocation(self, volume: Device) -> int:
         """As libvirt does: asked only where Ceph has it counted."""
@@ -136,23 +144,31 @@ class RbdPool(NetworkPool):
 
         libvirt does so for a moment when it refreshes the pool, and another run when it makes a snapshot: they do not count.
         """
-        return self._clients(name, "watchers")
+        return self._clients([name], "watchers")[name]
+
+    def users_by_name(self, volumes: t.Sequence[Device]) -> t.Dict[str, t.List[str]]:
+        users = self._clients([volume.name for volume in volumes], "watchers")
+        return {name: [who] if who else [] for name, who in users.items()}
 
     def writers(self, name: str) -> str:
         """Clients that may be writing to it, as opposed to those that qemu-img reads a source by, which watch it too.
 
         With exclusive-lock, which all images have by default, who writes has the image's lock; without, whoever watches counts.
         """
-        return self._clients(name, "writers")
+        return self._clients([name], "writers")[name]
 
-    def _clients(self, name: str, which: str) -> str:
-        domains = self._connection.users_of_network("rbd", self.path_of(name), self.access.hosts, self.name, name)
-        watchers = [] if domains else self._watchers(name, which)
+    def _clients(self, names: t.Sequence[str], which: str) -> t.Dict[str, str]:
+        """Of each name; who lets go of them all within one moment does not count."""
+        paths = {name: self.path_of(name) for name in names}
+        hosts, writing = self.access.hosts, which == "writers"
+        found = self._connection.users_of_network("rbd", paths, hosts, self.name, writing)
+        watchers = {name: self._watchers(name, which) for name in names if not found[name]}
         end = time.monotonic() + _MOMENT
-        while watchers and time.monotonic() < end:
+        while any(watchers.values()) and time.monotonic() < end:
             time.sleep(0.1)
-            watchers = self._watchers(name, which)
-        return domains or (f"the client of Ceph at {', '.join(watchers[:3])}" if watchers else "")
+            watchers = {name: self._watchers(name, which) for name, before in watchers.items() if before}
+        found.update({name: f"the client of Ceph at {', '.join(some[:3])}" for name, some in watchers.items() if some})
+        return found
 
     def changes(self, volume: t.Optional[Device]) -> t.Tuple[str, ...]:
         """Ceph notes the time of a change once a minute (rbd_mtime_update_interval); in between, only watchers tell."""

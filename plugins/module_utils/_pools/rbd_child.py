@@ -56,6 +56,9 @@ class Cluster:
     def names(self, place: t.Sequence[str]) -> t.List[str]:
         return list(self._rbd.RBD().list(self._in(place)))
 
+    def available(self) -> int:
+        return int(self._rados.get_cluster_stats()["kb_avail"]) * 1024
+
     def info(self, place: t.Sequence[str], name: str) -> t.Dict[str, t.Any]:
         with self._image(place, name) as image:
             try:

@@ -44,7 +44,7 @@ NAMES = ("base", "snap", "tbase", "tsnap", "outer")
 
 def row(name, **stated):
     """A line of lvs(8), reported as JSON."""
-    fields = ("lv_attr", "origin", "origin_size", "pool_lv", "data_percent", "lv_tags", "lv_layout")
+    fields = ("lv_attr", "origin", "origin_size", "pool_lv", "data_percent", "lv_tags", "lv_layout", "data_stripes")
     return {**dict.fromkeys(fields, ""), "lv_name": name, "lv_path": f"/dev/vg/{name}", "lv_size": str(8 * MIB), **stated}
 
 
