@@ -45,6 +45,15 @@ sys.exit(status)
 """
 
 
+#: a run of the code under test, which is killed while a command runs that must come to its end
+OUTLIVED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ansible_collections.virtforge.libvirt.plugins.module_utils import _process
+_process.run(["/bin/sh", "-c", "echo begun >$0; sleep 2; echo done >$0", sys.argv[2]], [], outlives=True)
+"""
+
+
 @pytest.fixture
 def program(scratch):
     """Makes a program that is taken for qemu-img."""
@@ -111,6 +120,17 @@ def test_there_is_no_network_for_another_user(listener):
     assert done.returncode == 1, done
     with pytest.raises(TimeoutError):
         listener.accept()
+
+
+def test_what_must_come_to_its_end_outlives_us(scratch):
+    """LVM between suspending a device and resuming it, parted between two writes of a table."""
+    said = scratch / "outlived"
+    process = subprocess.Popen([PYTHON, "-c", OUTLIVED, harness.library, said], start_new_session=True)
+    harness.wait_until(said.exists, 20)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    harness.wait_until(lambda: said.read_text() == "done\n", 20)
+    said.unlink()
 
 
 def test_what_another_user_runs_dies_with_him():

@@ -195,7 +195,7 @@ def test_libvirt_forgets_a_partition_that_somebody_else_deleted(disk):
     assert name not in virsh("vol-list", pool)
 
 
-def test_a_logical_partition_that_others_are_numbered_after_is_kept(libvirtd, device):
+def test_a_logical_partition_that_others_are_numbered_after_is_kept(libvirtd, device, scratch):
     """Without the fifth, the sixth would be the fifth, and a second run would delete that."""
     path = device(64 * MIB)
     parts = ["extended", "1MiB", "100%", *(word for at in (2, 14, 26) for word in ("logical", f"{at}MiB", f"{at + 8}MiB"))]
@@ -210,6 +210,17 @@ def test_a_logical_partition_that_others_are_numbered_after_is_kept(libvirtd, de
         assert f"({sixth}, {seventh})" in refused("NO_SUPPORT", VOLUME, pool=name, name=fifth, **ABSENT)
         assert clone(VOLUME, pool=name, name=seventh, **ABSENT)["actions"] == ["deleted"]
         assert {fifth, sixth} <= set(partitions(name)) and seventh not in partitions(name)
+        # What they are in has a name as well, and the first of their headers in it.
+        extended = f"{os.path.basename(path)}p1"
+        assert f"({fifth}, {sixth})" in refused("NO_SUPPORT", VOLUME, pool=name, name=extended, **ABSENT, wipe=True)
+        source = make_raw(scratch / "sector.raw", 512)
+        replaced = {"pool": name, "name": extended, "source_path": source, "compare": "content", "force": True}
+        assert "extended" in refused("NO_SUPPORT", **replaced)
+        for logical in (sixth, fifth):
+            clone(VOLUME, pool=name, name=logical, **ABSENT)
+        assert "extended" in refused("NO_SUPPORT", VOLUME, pool=name, name=extended, **ABSENT, wipe=True)
+        assert clone(VOLUME, pool=name, name=extended, **ABSENT)["actions"] == ["deleted"]
+        source.unlink()
     finally:
         remove_pool(name)
         subprocess.run(["partx", "-d", path], check=False, capture_output=True)

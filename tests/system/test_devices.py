@@ -14,7 +14,22 @@ from pathlib import Path
 
 import pytest
 from conftest import remove_pool
-from harness import MIB, clone, make_raw, module, refused, result_of, run, same_content, settle, start, virsh, wait_until, zeros
+from harness import (
+    MIB,
+    clone,
+    make_raw,
+    module,
+    refused,
+    result_of,
+    run,
+    same_content,
+    settle,
+    start,
+    virsh,
+    wait_until,
+    warnings,
+    zeros,
+)
 
 MARK = b"virtforge.libvirt: this volume is not finished\n"
 SIZE = 256 * MIB
@@ -97,7 +112,7 @@ def test_a_partition_is_made_filled_and_found_there(disk, request, image_format)
 
 
 @pytest.mark.parametrize("table", ["dos"])
-def test_partitions_that_end_at_cylinders(disk, raw):
+def test_partitions_that_end_at_cylinders(disk, raw, pool):
     """libvirt makes them larger than it was asked to, in a dos table."""
     largest = 0
     for number, capacity in enumerate((64, 65, 70), 1):
@@ -107,7 +122,12 @@ def test_partitions_that_end_at_cylinders(disk, raw):
         assert same_content(raw, "raw", disk.partition(number), "raw")
         assert reads_zero(disk.partition(number), 64 * MIB)
     assert 0 < largest <= CYLINDER
-    assert "asked for is 52428800 bytes" in refused("DIFFERS", pool=disk.pool, name=disk.name(1), source_path=raw, capacity="50MiB")
+    other = make_raw(pool / "other.raw", 64 * MIB, [(3, 2)])
+    again = {"pool": disk.pool, "name": disk.name(1), "source_path": other, "capacity": "64MiB", "compare": "content"}
+    assert settle(**again, force=True)["actions"] == ["replaced"]
+    assert same_content(other, "raw", disk.partition(1), "raw")
+    smaller = {"pool": disk.pool, "name": disk.name(1), "source_path": raw, "capacity": "50MiB"}
+    assert "asked for is 52428800 bytes" in refused("DIFFERS", **smaller)
 
 
 def test_a_source_that_ends_within_a_sector(disk, pool):
@@ -217,6 +237,9 @@ def test_a_killed_run_leaves_a_partition_that_is_known_as_unfinished(disk, pool)
     # Nobody takes it for a source, and the next run takes it for what it is.
     message = module({"pool": pool, "source_pool": disk.pool, "source": disk.name(1), "name": "back"})["msg"]
     assert "not finished" in message
+    with open(disk.partition(1), "rb"):
+        # Somebody has begun to use it: a guest that is installed there, for one.
+        assert f"(pid {os.getpid()})" in refused("IN_USE", **params)
     result = settle(**params)
     assert result["actions"] == ["created"]
     assert same_content(source, "raw", disk.partition(1), "raw")
@@ -252,6 +275,26 @@ def test_a_pool_is_where_it_runs_not_where_it_will_be_started_next(disk, device,
     assert clone("storage_volume", **params, state="absent")["actions"] == ["deleted"]
     assert disk.names() == [] and "his" in run("parted", "-s", other, "print")
     run("partx", "-d", other)
+
+
+def test_a_partition_that_libvirt_cannot_make_is_not_waited_for(disk, raw):
+    """Somebody else makes one of that name instead: it is no unfinished one of ours."""
+    run("parted", "-s", disk.path, "mkpart", "middle", "127MiB", "129MiB")
+    virsh("pool-refresh", disk.pool)
+    params = {"pool": disk.pool, "name": disk.name(2), "source_path": raw, "capacity": "150MiB"}
+    assert "making volume" in module(params)["msg"]
+    run("parted", "-s", disk.path, "mkpart", "his", "1MiB", "101MiB")
+    virsh("pool-refresh", disk.pool)
+    assert disk.names() == [disk.name(1), disk.name(2)]
+    assert "cannot be grown" in refused("NO_SUPPORT", **params)
+    assert head(disk.partition(2)).startswith(b"old data")
+
+
+def test_what_a_partition_does_not_carry_over_is_told(disk, qcow2):
+    run("qemu-img", "snapshot", "-c", "before", qcow2)
+    result = settle(pool=disk.pool, name=disk.name(1), source_path=qcow2)
+    assert result["volume"]["dropped"] == ["snapshots"]
+    assert "does not carry over snapshots" in warnings(result)[0]
 
 
 def test_a_run_that_fails_takes_its_partition_away(disk, pool):

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from ansible_collections.virtforge.libvirt.plugins.module_utils._pools import rbd_child
 from conftest import remove_pool
-from harness import MIB, check, clone, make_raw, refused, result_of, run, settle, start, virsh, virsh_status
+from harness import MIB, check, clone, make_raw, module, refused, result_of, run, settle, start, virsh, virsh_status
 from plays import ansible_playbook, counts
 
 POOL = """<pool type='rbd'><name>{name}</name><source><host name='127.0.0.1' port='{port}'/><name>{pool}</name>
@@ -242,6 +242,14 @@ def test_an_image_in_use_is_neither_read_nor_replaced(rbd, base, raw, scratch):
         assert clone(**params, name="web")["actions"] == []
     finally:
         virsh("destroy", "in-ceph")
+    # As the image of a CD.
+    document.write_text(document.read_text().replace("<target", "<readonly/><target"))
+    virsh("create", document, "--paused")
+    try:
+        assert settle(pool=rbd.name, source="web", name="of-a-cd")["actions"] == ["created"]
+        assert "domain 'in-ceph'" in refused("IN_USE", **params, name="web", capacity="96MiB")
+    finally:
+        virsh("destroy", "in-ceph")
     # Others, on any host, are seen as watchers.
     process = subprocess.Popen(["qemu-io", rbd.node(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdin.write("write -P 7 40M 64k\n")
@@ -269,6 +277,23 @@ def test_an_image_that_is_written_to_while_it_is_read(rbd, scratch):
     assert result["error_code"] == "IN_USE" and "while it was read" in result["msg"], result
     assert rbd.images() == ["golden"]
     source.unlink()
+
+
+def test_who_uses_many_images_is_told_after_one_moment(rbd):
+    names = ["one", "two", "three", "four"]
+    guests = []
+    for name in names:
+        rbd.rbd("create", "@" + name, "--size", "1M")
+        guests.append(subprocess.Popen(["qemu-io", rbd.node(name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    harness.wait_until(lambda: all(map(rbd.watched, names)), 60)
+    began = time.monotonic()
+    volumes = module({"pool": rbd.name}, module="storage_volume_info")["volumes"]
+    took = time.monotonic() - began
+    for guest in guests:
+        guest.communicate("quit\n")
+    assert all("the client of Ceph" in volume["in_use_by"][0] for volume in volumes) and len(volumes) == 4
+    # One after the other, they would be waited for for three seconds each.
+    assert took < 11, took
 
 
 @pytest.mark.parametrize("features", ["layering,exclusive-lock", "layering"])
@@ -492,6 +517,22 @@ def test_growing_never_shrinks(rbd, base):
     code, message = json.loads(run(harness.PYTHON, "-c", grow, rbd.name, "grow", base, env=harness.environment()))
     assert "growing volume 'base'" in message, (code, message)
     assert rbd.json("info", "@base")["size"] == 64 * MIB
+
+
+def test_an_image_that_was_cloned_meanwhile_is_not_replaced(rbd, base):
+    clone(pool=rbd.name, source=base, name="child", clone_type="linked")
+    rbd.rbd("create", "@new", "--size", "1M")
+    publish = METHODS.replace("(sys.argv[3])", "('new', sys.argv[3], True)")
+    code, message = json.loads(run(harness.PYTHON, "-c", publish, rbd.name, "publish", base, env=harness.environment()))
+    assert code == "IN_USE" and "'child'" in message
+    assert sorted(rbd.images()) == [base, "child", "new"]
+
+
+def test_space_is_what_the_cluster_has_now(rbd):
+    available = METHODS.replace("(sys.argv[3])", "()")
+    found = json.loads(run(harness.PYTHON, "-c", available, rbd.name, "available", "", env=harness.environment()))
+    stats = json.loads(run("ceph", "-c", rbd.ceph.conf, "df", "--format=json"))["stats"]
+    assert abs(found - stats["total_avail_bytes"]) < 64 * MIB
 
 
 def test_an_image_is_deleted_with_what_was_made_for_it(rbd, base, raw, other_ceph_pool):

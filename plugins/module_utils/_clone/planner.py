@@ -292,7 +292,7 @@ def _rounded(facts: Facts, image_format: str, capacity: int) -> int:
 def _rounded_by_geometry(facts: Facts, image: Image, wanted: int) -> bool:
     """Whether it is no larger than a whole number of cylinders makes it.
 
-    That is what a vpc has which others made, each of at most 16 * 255 sectors (VHD specification), or the partition of a dos table.
+    A vpc that others made has such, of at most 16 * 255 sectors (VHD specification), and so has a partition of a dos table.
     """
     excess = image.capacity - wanted
     return excess <= facts.pool.excess or (image.format == "vpc" and excess < 16 * 255 * 512)

@@ -47,7 +47,9 @@ _MAKING = 120
 # lvm(8), "Valid names".
 _LVM_CHARACTERS = re.compile(r"[a-zA-Z0-9+_.-]*")
 _LVM_NAMES = ("snapshot", "pvmove")
-_LVM_PARTS = re.compile("_(cdata|cmeta|cvol|imeta|corig|iorig|mimage|mlog|pmspare|rimage|rmeta|tdata|tmeta|vdata|vorigin|wcorig)")
+_LVM_PARTS = re.compile(
+    "_(cdata|cmeta|cvol|imeta|corig|iorig|mimage|mlog|pmspare|rimage|rmeta|tdata|tmeta|vdata|vorigin|wcorig)"
+)
 # What we make, by lv_layout (lvs(8)); a snapshot of either has the same.
 _LVM_MADE = ("linear", "thin")
 # NAME_LEN of LVM (metadata-exported.h), of which it leaves three, and DM_NAME_LEN of the kernel (dm-ioctl.h).
@@ -627,7 +629,9 @@ class LogicalPool(DevicePool):
             return "it is no logical volume of the same pool"
         volume = self.volume(name) if name else None
         # "Snapshots of snapshots are not supported" (lvcreate).
-        return "it is a snapshot itself, of a volume that is not thin" if volume and volume.needs and not volume.thin_pool else ""
+        return (
+            "it is a snapshot itself, of a volume that is not thin" if volume and volume.needs and not volume.thin_pool else ""
+        )
 
     @contextmanager
     def staged_link(self, capacity: int, source: t.Any, name: str) -> t.Iterator[Device]:

@@ -251,7 +251,7 @@ class Connection:
         pool: str,
         writing: bool = False,
     ) -> t.Dict[str, str]:
-        """By the name of each volume that is reached by the network: running domains that have a disk, or a layer of one, on it.
+        """Running domains that have a disk, or a layer of one, on volumes reached by the network, by the name of each volume.
 
         :param paths: by the name of the volume, what libvirt calls it in a disk: ``pool/image`` or ``iqn/lun``
         :param hosts: of the pool; a domain may name others of the same cluster too

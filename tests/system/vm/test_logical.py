@@ -166,12 +166,19 @@ def test_a_volume_that_another_host_is_filling_is_left_alone(lvm, raw):
 
 
 def test_a_volume_over_several_disks_is_not_replaced_by_one_on_one(lvm, raw, device):
-    run("vgextend", "-q", "vgclone", device(96 * MIB))
+    disk = device(96 * MIB)
+    run("vgextend", "-q", "vgclone", disk)
     run("lvcreate", "-y", "-q", "-i", "2", "-L", "64M", "-n", "web", "vgclone")
     params = {"pool": lvm, "name": "web", "source_path": raw, "compare": "content", "force": True}
     assert "as striped" in refused("NO_SUPPORT", **params)
+    # An extent on each disk is the least that it can have more.
+    for capacity, made in (("60MiB", 64), ("68MiB", 72)):
+        settle("storage_volume", pool=lvm, name="web", capacity=capacity)
+        assert int(volumes()["web"]["lv_size"]) == made * MIB
+    assert reads_zero("web", 64 * MIB)
     run("lvremove", "-f", "-q", "vgclone/web")
-    run("vgreduce", "-q", "-a", "vgclone")
+    run("vgreduce", "-q", "vgclone", disk)
+    run("pvremove", "-q", disk)
 
 
 def test_a_thin_pool_that_does_not_zero_shows_nothing_either(lvm, pool):
@@ -224,6 +231,7 @@ def test_snapshots_are_linked_clones(lvm, raw):
     assert volumes()["web"]["origin"] == "base"
     assert "linked clone" in refused("DIFFERS", **{**params, "clone_type": "full"})
     assert "capacity of that" in refused("NO_SUPPORT", **{**params, "name": "larger", "capacity": "96MiB"})
+    assert "snapshot itself" in refused("NO_SUPPORT", **{**params, "source": "web", "name": "third"})
     # Thin: grown along, and nothing reserved for it.
     run("lvcreate", "-y", "-q", "-L", "96M", "--thinpool", "thin", "vgclone")
     run("lvcreate", "-y", "-q", "-V", "64M", "--thinpool", "thin", "-n", "tbase", "vgclone")
@@ -232,6 +240,10 @@ def test_snapshots_are_linked_clones(lvm, raw):
     assert (result["volume"]["capacity"], result["volume"]["allocation"]) == (80 * MIB, 0)
     assert same_content(raw, "raw", "/dev/vgclone/tweb", "raw") and reads_zero("tweb", 64 * MIB)
     assert (volumes()["tweb"]["segtype"], volumes()["tweb"]["origin"]) == ("thin", "tbase")
+    # It stays whole without its origin, and a second run has nothing to do then either.
+    run("lvremove", "-f", "-q", "vgclone/tbase")
+    again = clone(pool=lvm, source="tbase", name="tweb", clone_type="linked", capacity="80MiB")
+    assert again["actions"] == [] and "tbase" in again["warnings"][0]
 
 
 def test_the_examples_with_a_volume_group(libvirtd, scratch, pool):

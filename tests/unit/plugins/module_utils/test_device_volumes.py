@@ -199,6 +199,7 @@ def test_what_is_refused(code, stated, target, words, more):
         ("web@1", "characters"),
         ("w\u00e9b", "characters"),
         ("snapshot", "for itself"),
+        ("snapshot-web1", "for itself"),
         ("web_tmeta1", "for itself"),
         ("w" * 123, ""),
         ("w" * 124, "123"),
@@ -221,7 +222,7 @@ def test_names_that_lvm_cannot_give(name, word):
 )
 def test_what_lvm_says_of_a_failure(monkeypatch, said, code):
     monkeypatch.setattr(devices._process, "find", lambda program: f"/sbin/{program}")
-    monkeypatch.setattr(devices._process, "run", lambda command, fds: (5, "", f"  {said}\n"))
+    monkeypatch.setattr(devices._process, "run", lambda command, fds, outlives: (5, "", f"  {said}\n"))
     monkeypatch.setattr(devices.os, "geteuid", lambda: 0)
     with pytest.raises(CloneError) as refusal:
         devices.LogicalPool("p", "/dev/vg", "logical", None, None)._lvm("making a logical volume", "lvcreate")
