@@ -210,8 +210,10 @@ def certificates(scratch):
 def libvirtd(scratch):
     """A libvirtd, at qemu:///system of these namespaces."""
     with open(scratch / "libvirtd.log", "w", encoding="utf-8") as log:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        daemons = [subprocess.Popen([name], **streams) for name in ("virtlogd", "libvirtd")]
+        # libvirtd opens every image of a pool of Ceph when it looks at it, by the librbd that rbd_child.py speaks of.
+        environment = {**os.environ, "CEPH_ARGS": "--librados_thread_count=1"}
+        options = {"env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        daemons = [subprocess.Popen([name], **options) for name in ("virtlogd", "libvirtd")]
     try:
         # "virsh version" would also ask for an emulator.
         harness.wait_until(lambda: harness.virsh_status("pool-list") == 0, 60)
@@ -304,6 +306,8 @@ def device(scratch):
 
     yield make
     for path, image in made:
+        # A partition would stay in the kernel, for who gets this loop device next.
+        subprocess.run(["partx", "-d", path], check=False, capture_output=True)
         run("losetup", "-d", path)
         image.unlink()
 

@@ -398,10 +398,10 @@ def opened_by(process, path):
 
 
 def start_replacing(place):
-    """A run that replaces the volume "web" by a smaller clone of base.raw, caught with its new file open for 1.5 s."""
+    """A run that replaces the volume "web" by a smaller clone of base.raw, caught with its new file open for 4 s."""
     clone(pool=place, source="base.raw", name="web", capacity="70M")
     params = {"pool": place, "source": "base.raw", "name": "web", "capacity": "64M", "force": True}
-    slow = ["-e", "trace=fchmod", "-e", "inject=fchmod:delay_exit=1500000"]
+    slow = ["-e", "trace=fchmod", "-e", "inject=fchmod:delay_exit=4000000"]
     process = start(params, prefix=["strace", "-qq", "-o", "/dev/null", *slow])
     wait_until(lambda: unnamed_files(place), 30)
     return process

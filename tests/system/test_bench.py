@@ -24,7 +24,7 @@ def place(scratch):
     place.mkdir()
     yield place
     # The kernel takes the last mounts of a killed run apart in its own time.
-    wait_until(lambda: str(place) not in run("losetup", "-l") and not any(place.iterdir()))
+    wait_until(lambda: str(place) not in run("losetup", "-l") and not any(place.iterdir()), 120)
     place.rmdir()
 
 

@@ -227,7 +227,7 @@ def test_an_encrypted_partition_is_not_written_over(disk, raw):
 def test_a_killed_run_leaves_a_partition_that_is_known_as_unfinished(disk, pool):
     source = make_raw(pool / "base.raw", 96 * MIB, [(0, 96)])
     params = {"pool": disk.pool, "name": disk.name(1), "source_path": source}
-    process = start({**params, "bwlimit": "20MiB"})
+    process = start({**params, "bwlimit": "4MiB"})
     wait_until(lambda: os.path.exists(disk.partition(1)) and head(disk.partition(1)) == MARK, 30)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGKILL)

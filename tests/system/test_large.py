@@ -64,7 +64,15 @@ def test_a_tebibyte_costs_what_a_gibibyte_with_the_same_data_does(directory, kin
     small, large = (harness.make_raw(place / f"base{size}.raw", size, pieces) for size in (GIB, TIB))
     run("sync", "-f", place)
     seconds = {small: [], large: []}
-    for _run in range(3):
+
+    def alike():
+        # The least: other tests run beside this one.
+        of_small, of_large = (min(spent) for spent in seconds.values())
+        return of_large <= 1.5 * of_small + 0.1
+
+    for number in range(10):
+        if number >= 3 and alike():
+            break
         for source, spent in seconds.items():
             params = {"pool": place, "source": source.name, "name": "web", "method": method, "format": image_format}
             duration, peak = measured(params)
@@ -73,9 +81,7 @@ def test_a_tebibyte_costs_what_a_gibibyte_with_the_same_data_does(directory, kin
             (place / "web").unlink()
     clone(pool=place, source=large.name, name="web", method=method, format=image_format)
     assert same_content(large, "raw", place / "web", image_format)
-    # The least: other tests run beside this one.
-    of_small, of_large = (min(spent) for spent in seconds.values())
-    assert of_large <= 1.5 * of_small + 0.1, seconds
+    assert alike(), seconds
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

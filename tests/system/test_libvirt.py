@@ -206,7 +206,7 @@ def test_a_read_only_connection_is_refused(libvirt_pool, pool, qcow2):
 def test_a_busy_pool_is_waited_for(libvirt_pool, pool, qcow2):
     """While libvirt itself clones, it refuses to look at the pool again. Its clone reads every hole, which takes seconds."""
     with open(pool / "slow.raw", "wb") as file:
-        file.truncate(6 * GIB)
+        file.truncate(10 * GIB)
     virsh("pool-refresh", libvirt_pool)
     slow = subprocess.Popen(["virsh", "-q", "vol-clone", "slow.raw", "slow2.raw", "--pool", libvirt_pool])
     harness.wait_until(lambda: harness.virsh_status("pool-refresh", libvirt_pool) != 0)

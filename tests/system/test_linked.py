@@ -273,11 +273,14 @@ def test_guests_may_run_on_linked_clones_while_more_are_made_but_not_on_the_sour
 
 def test_a_source_that_changes_places_while_it_is_made_is_noticed(pool, qcow2):
     """What is recorded is a name, which must mean the file that was judged."""
-    slow = ["strace", "-qq", "-f", "-o", "/dev/null", "-e", "trace=execve", "-e", "inject=execve:delay_exit=700000"]
+    slow = ["strace", "-qq", "-f", "-o", "/dev/null", "-e", "trace=execve", "-e", "inject=execve:delay_exit=1500000"]
+    # Made before, since a program may take longer to start than the run is held up.
+    other = pool / "other.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", other, "64M")
     process = harness.start({"pool": pool, "source": "base.qcow2", "name": "web", **LINKED}, prefix=slow)
     harness.wait_until(lambda: harness.unnamed_files(pool), 30)
     qcow2.rename(pool / "moved.qcow2")
-    run("qemu-img", "create", "-q", "-f", "qcow2", qcow2, "64M")
+    other.rename(qcow2)
     result = harness.result_of(process)
     assert result.get("error_code") == "IN_USE", result
     assert "base.qcow2" in result["msg"]

@@ -934,7 +934,7 @@ def test_a_busy_pool_is_waited_for(libvirtd, place):
     """While libvirt clones, it refuses to stop the pool. Its clone reads every hole, which takes seconds."""
     settle(["created", "defined", "started"], name="images", type="dir", target_path=str(place / "1"))
     with open(place / "1" / "slow.raw", "wb") as file:
-        file.truncate(6 << 30)
+        file.truncate(10 << 30)
     virsh("pool-refresh", "images")
     slow = subprocess.Popen(["virsh", "-q", "vol-clone", "slow.raw", "slow2.raw", "--pool", "images"])
     harness.wait_until(lambda: virsh_status("pool-refresh", "images") != 0)

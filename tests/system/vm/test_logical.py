@@ -147,7 +147,7 @@ def test_logical_volumes_are_sources_and_many_at_once(lvm, raw, pool):
 def test_a_killed_run_leaves_no_volume_and_takes_no_space(lvm, pool):
     source = make_raw(pool / "base.raw", 96 * MIB, [(0, 96)])
     params = {"pool": lvm, "name": "web", "source_path": source}
-    process = start({**params, "bwlimit": "10MiB"})
+    process = start({**params, "bwlimit": "2MiB"})
     wait_until(lambda: any(name.startswith(".virtforge-") for name in volumes()), 60)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGKILL)
