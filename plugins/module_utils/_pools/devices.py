@@ -559,9 +559,9 @@ class LogicalPool(DevicePool):
         row = next(row for row in self._listed() if row["lv_name"] == thin_pool)
         free = int(int(row["lv_size"]) * (1 - float(row["data_percent"] or 0) / 100))
         setting = "activation/thin_pool_autoextend_threshold"
-        told = self._lvm("looking at the settings of LVM", "lvmconfig", "--type", "full", "--valuesonly", setting)
+        told = self._lvm("looking at the settings of LVM", "lvmconfig", "--type", "full", setting)
         # With 100 a thin pool is never made larger by itself (lvmthin(7)).
-        return free if int(told) >= 100 else free + self.available()
+        return free if int(told.rpartition("=")[2]) >= 100 else free + self.available()
 
     def space_for(self, capacity: int, target: t.Optional[Device]) -> int:
         # The old one is there until the new one is whole.

@@ -13,7 +13,21 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from harness import MIB, clone, make_raw, refused, result_of, run, same_content, settle, start, virsh, wait_until, zeros
+from harness import (
+    MIB,
+    clone,
+    make_raw,
+    refused,
+    result_of,
+    run,
+    same_content,
+    settle,
+    start,
+    virsh,
+    wait_until,
+    warnings,
+    zeros,
+)
 from plays import device_examples
 
 SIZE = 512 * MIB
@@ -243,7 +257,7 @@ def test_snapshots_are_linked_clones(lvm, raw):
     # It stays whole without its origin, and a second run has nothing to do then either.
     run("lvremove", "-f", "-q", "vgclone/tbase")
     again = clone(pool=lvm, source="tbase", name="tweb", clone_type="linked", capacity="80MiB")
-    assert again["actions"] == [] and "tbase" in again["warnings"][0]
+    assert again["actions"] == [] and "tbase" in warnings(again)[0]
 
 
 def test_the_examples_with_a_volume_group(libvirtd, scratch, pool):
