@@ -5,8 +5,8 @@
 """librbd in a process of its own: a call to a cluster that does not answer never returns, but a process can be ended.
 
 Run by :mod:`.rbd` with the path of a ceph.conf and the name of a user. Requests come in as lines of JSON,
-``[operation, arguments…]``, and each is answered by a line, ``{"done": …}`` or ``{"errno": …, "text": …}``. One connection
-serves them all: the ``rbd`` program takes a tenth of a second each time. Nothing of this collection is imported here.
+``[operation, arguments…]``, and each is answered by a line, ``{"done": …}`` or ``{"errno": …, "text": …}``. Two connections
+serve them all: the ``rbd`` program takes a tenth of a second each time. Nothing of this collection is imported here.
 """
 
 from __future__ import annotations
@@ -32,18 +32,26 @@ class Cluster:
 
         self.error = (rados.Error, rbd.Error)
         self._rbd = rbd
-        self._rados = rados.Rados(conffile=conf, **({"rados_id": user} if user else {}))
-        # Before connecting. With more of these threads, the end of closing a linked clone runs beside the next image's opening,
-        # in memory that is no longer its own: in Ceph 16.2.15 one run in fifty ended so on a busy host, and none with one.
-        self._rados.conf_set("librados_thread_count", "1")
+        described = {"conffile": conf, **({"rados_id": user} if user else {})}
+        # Most of what is asked only looks. With more than one thread, the end of closing a linked clone runs beside the opening
+        # of the next image, in memory that is no longer its own: in Ceph 16.2.15 one run in fifty ended so on a busy host.
+        self._looking = rados.Rados(**described)
+        self._looking.conf_set("librados_thread_count", "1")
+        # With one alone, removing the protection of a snapshot waits for itself: it asks for the list of pools in that thread.
+        self._changing = rados.Rados(**described)
+        self._can_change = False
 
     def connect(self) -> None:
-        self._rados.connect()
+        self._looking.connect()
 
-    def _in(self, place: t.Sequence[str]) -> t.Any:
+    def _in(self, place: t.Sequence[str], changing: bool) -> t.Any:
         pool, namespace = place
+        connection = self._changing if changing else self._looking
+        if changing and not self._can_change:
+            connection.connect()
+            self._can_change = True
         try:
-            context = self._rados.open_ioctx(pool)
+            context = connection.open_ioctx(pool)
         except self.error as exc:
             raise KeyError(pool) from exc
         context.set_namespace(namespace)
@@ -51,13 +59,13 @@ class Cluster:
 
     def _image(self, place: t.Sequence[str], name: str, snapshot: t.Optional[str] = None, writable: bool = False) -> t.Any:
         # Only who opens it for writing is a watcher.
-        return self._rbd.Image(self._in(place), name, snapshot=snapshot, read_only=not writable)
+        return self._rbd.Image(self._in(place, writable), name, snapshot=snapshot, read_only=not writable)
 
     def names(self, place: t.Sequence[str]) -> t.List[str]:
-        return list(self._rbd.RBD().list(self._in(place)))
+        return list(self._rbd.RBD().list(self._in(place, False)))
 
     def available(self) -> int:
-        return int(self._rados.get_cluster_stats()["kb_avail"]) * 1024
+        return int(self._looking.get_cluster_stats()["kb_avail"]) * 1024
 
     def info(self, place: t.Sequence[str], name: str) -> t.Dict[str, t.Any]:
         with self._image(place, name) as image:
@@ -105,14 +113,14 @@ class Cluster:
         return [watcher["addr"] for watcher in image.watchers_list()]
 
     def create(self, place: t.Sequence[str], name: str, size: int) -> None:
-        self._rbd.RBD().create(self._in(place), name, size)
+        self._rbd.RBD().create(self._in(place, True), name, size)
 
     def clone(self, place: t.Sequence[str], name: str, snapshot: str, to: t.Sequence[str], child: str) -> None:
-        self._rbd.RBD().clone(self._in(place), name, snapshot, self._in(to), child)
+        self._rbd.RBD().clone(self._in(place, True), name, snapshot, self._in(to, True), child)
 
     def rename(self, place: t.Sequence[str], name: str, other: str) -> None:
         """One at a time: librbd looks whether a name is taken and then takes it; two at once may both have it (Ceph 16.2)."""
-        context = self._in(place)
+        context = self._in(place, True)
         while True:
             try:
                 # On what every rbd pool has. Of a client that dies it ends by itself.
@@ -133,7 +141,7 @@ class Cluster:
             image.resize(size, False)
 
     def remove(self, place: t.Sequence[str], name: str) -> None:
-        self._rbd.RBD().remove(self._in(place), name)
+        self._rbd.RBD().remove(self._in(place, True), name)
 
     def flatten(self, place: t.Sequence[str], name: str) -> None:
         with self._image(place, name, writable=True) as image:
