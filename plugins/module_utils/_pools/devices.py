@@ -726,7 +726,7 @@ class LogicalPool(DevicePool):
             raise CloneError("MISSING_DEPENDENCY", f"pool {self.name!r}: {program} is not installed (package lvm2)")
         if os.geteuid() != 0:
             raise CloneError("OPERATION_DENIED", f"pool {self.name!r}: only root may ask LVM; use become")
-        # Killed between the two, it would leave a device suspended that it had only wanted to snapshot.
+        # Killed between suspending a device and resuming it, LVM would leave it so: whoever reads it then waits for ever.
         status, out, err = _process.run([path, *arguments], (), outlives=True)
         if status:
             text = " ".join(err.split())
