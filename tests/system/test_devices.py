@@ -47,7 +47,7 @@ def make_dirty(path, size=SIZE):
 class Disk:
     """A pool of partitions on a disk full of old data."""
 
-    def __init__(self, path, table):
+    def __init__(self, path, table="gpt"):
         self.path = path
         self.pool = f"disk{os.path.basename(path)}"
         make_dirty(path)
