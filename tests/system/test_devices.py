@@ -66,8 +66,6 @@ class Disk:
 
     def end(self):
         remove_pool(self.pool)
-        if self.name("") in run("lsblk", "-nro", "NAME", self.path):
-            run("partx", "-d", self.path)
 
 
 @pytest.fixture
@@ -274,7 +272,6 @@ def test_a_pool_is_where_it_runs_not_where_it_will_be_started_next(disk, device,
     assert settle(**params, source_path=raw)["actions"] == ["created"]
     assert clone("storage_volume", **params, state="absent")["actions"] == ["deleted"]
     assert disk.names() == [] and "his" in run("parted", "-s", other, "print")
-    run("partx", "-d", other)
 
 
 def test_a_partition_that_libvirt_cannot_make_is_not_waited_for(disk, raw):

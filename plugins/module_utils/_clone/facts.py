@@ -153,10 +153,13 @@ class Scene:
         if request.linked:
             source = replace(source, unlinkable=self._unlinkable(pool, source))
         if isinstance(pool, DevicePool):
-            next_name = pool.next_name(self.source.told.names)
-            unnameable = pool.cannot_name(name)
-            facts = replace(facts, granularity=pool.granularity, excess=pool.excess)
-            facts = replace(facts, next_name=next_name, unnameable=unnameable)
+            facts = replace(
+                facts,
+                granularity=pool.granularity,
+                excess=pool.excess,
+                next_name=pool.next_name(self.source.told.names),
+                unnameable=pool.cannot_name(name),
+            )
         label = None if isinstance(pool, (DevicePool, RemotePool)) else _default_label(pool.path_of(name))
         return self._facts(facts, source, self.target.look(pool, name, source), name, label)
 

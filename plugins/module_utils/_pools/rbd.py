@@ -17,7 +17,6 @@ import inspect
 import json
 import os
 import re
-import secrets
 import sys
 import time
 import typing as t
@@ -252,7 +251,7 @@ class RbdPool(NetworkPool):
         for name in self._ask(f"listing pool {self.name!r}", "names", self.place):
             if not is_staged_name(name) or self._watchers(name):
                 continue
-            if not name.startswith(f".virtforge-{_this_host()}"):
+            if not name.startswith(self._unfinished):
                 image = self.volume(name)
                 if image is not None and time.time() - image.created > _ABANDONED:
                     self._clean_up(name)
@@ -263,8 +262,9 @@ class RbdPool(NetworkPool):
             except CloneError:
                 continue
 
-    def _unfinished_name(self) -> str:
-        return f".virtforge-{_this_host()}{secrets.token_hex(4)}.tmp"
+    @property
+    def _unfinished(self) -> str:
+        return f".virtforge-{_this_host()}"
 
     def _rename(self, name: str, other: str) -> None:
         self._ask(f"naming the image {other!r} of pool {self.name!r}", "rename", self.place, name, other)
